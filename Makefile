@@ -1,0 +1,44 @@
+# `make` or `make help` lists what can be made.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP) ## virtual environment with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install ## compare the three frameworks on the built-in model and task
+	$(BIN)/fedtrio compare
+
+test: install ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-slow: install ## checks that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: install ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## overhead and memory against a bare PyTorch loop
+	$(BIN)/python benchmarks/overhead.py
+
+clean: ## remove what was built
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+
+.PHONY: help install demo test test-slow lint format bench clean

@@ -1,0 +1,1 @@
+"""From files to batches: `load` reads a corpus, `partition` deals it to sites, `batches` makes tensors."""

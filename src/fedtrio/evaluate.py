@@ -1,0 +1,45 @@
+"""Evaluation of an adapter on the test set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .data.batches import IGNORE, Encoded, collate, length_sorted_batches
+from .models.adapter import AdaptedModel
+from .models.train import Adapter
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracy and mean cross-entropy: over examples, or for causal-lm over target tokens."""
+
+    accuracy: float
+    loss: float
+    counted: int
+
+    @property
+    def perplexity(self) -> float:
+        """e^loss."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(model: AdaptedModel, adapter: Adapter, test: Encoded, pad_id: int, batch_size: int = 64) -> Scores:
+    """Run the test set through the model without dropout; sums are kept in fp64."""
+    right, loss, counted = 0, 0.0, 0
+    with torch.no_grad():
+        for indices in length_sorted_batches(test, batch_size):
+            batch = collate(test, indices, pad_id)
+            logits = model.forward(adapter, batch.lengths_B, batch.ids_BT)
+            assert batch.targets is not None
+            targets = batch.targets.to(logits.device)
+            if logits.dim() == 3:
+                kept = targets[:, 1:] != IGNORE
+                logits, targets = logits[:, :-1][kept], targets[:, 1:][kept]
+            right += int((logits.argmax(-1) == targets).sum())
+            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+            counted += len(targets)
+    return Scores(right / max(1, counted), loss / max(1, counted), counted)

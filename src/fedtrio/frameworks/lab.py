@@ -1,0 +1,181 @@
+"""What a framework works with: the model, the public set and the settings of one run, and what a framework is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ..data.batches import Batch, Encoded, collate, epoch_batches, length_sorted_batches
+from ..data.private import PrivateData
+from ..message import Message, Reply
+from ..models.adapter import AdaptedModel
+from ..models.cut import WHOLE, Span
+from ..models.train import Adapter, Learner, TrainConfig, distillation_loss, task_loss
+
+State = dict[str, Adapter]
+Outbox = dict[str, Message]
+Inbox = dict[str, Reply]
+ServerProgram = Generator[Outbox, Inbox, None]
+ClientDialogue = Generator[Message, Reply, Message]
+ClientProgram = Message | ClientDialogue
+
+
+class Site(Protocol):
+    """A client as its framework sees it; `memory` lasts from round to round and never leaves the site."""
+
+    name: str
+    data: PrivateData
+    memory: dict[str, Any]
+    round: int
+
+
+class Framework(BaseModel):
+    """A framework is its hyper-parameters and four methods; every `yield` is one crossing of the wire."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    federated: ClassVar[bool] = True  # False for the yardsticks, in which nothing would cross a wire
+
+    def setup(self, lab: Lab) -> State:
+        """The server's state before the first round, as named groups of named tensors."""
+        raise NotImplementedError
+
+    def server(self, lab: Lab, state: State, cohort: Sequence[str]) -> ServerProgram:
+        """One round at the server."""
+        raise NotImplementedError
+
+    def client(self, lab: Lab, site: Site, first: Reply) -> ClientProgram:
+        """One round at a site: an answer, or a generator that holds a dialogue and returns its last answer."""
+        raise NotImplementedError
+
+    def adapter(self, lab: Lab, state: State) -> Adapter | None:
+        """What is evaluated, saved and shipped; None where each site keeps its own."""
+        raise NotImplementedError
+
+    def cuts(self, depth: int) -> tuple[int, ...]:
+        """Blocks before which the model is cut."""
+        return ()
+
+
+@dataclass
+class Lab:
+    """One run's model and settings, the same at the server and at every site."""
+
+    model: AdaptedModel
+    train: TrainConfig
+    public: Encoded
+    seed: int
+    rounds: int
+    pad_id: int
+    abreast: int | None = None  # sites that may hold a dialogue at once, a matter of memory alone; None: all
+    round: int = 0
+    hold: Callable[[int], None] = field(default=lambda nbytes: None)  # tells the meter what a site holds
+
+    # Training ----------------------------------------------------------------------------------------------------
+
+    def learner(self, tensors: Adapter, *spans: Span, learning_rate: float | None = None) -> Learner:
+        """Tensors about to be trained by a side that holds those spans of the model (default: all of it)."""
+        learner = Learner(tensors, self.train, learning_rate)
+        self.hold(self.model.held_bytes(*(spans or (WHOLE,))) + learner.nbytes)
+        return learner
+
+    def progress(self, round: int, step: int, steps: int) -> float:
+        """The share of the whole run that is done before this step."""
+        return (round - 1 + step / max(1, steps)) / self.rounds
+
+    def dropout_seed(self, round: int, site: str, step: int) -> int:
+        """Names the dropout masks of one step, the same at both sides of a cut."""
+        words = [self.seed, round, step, *site.encode()]
+        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(16))
+
+    def fit(self, adapter: Adapter, site: Site) -> dict[str, Tensor]:
+        """Train a whole model on a site's data for one round; an adapter like the one given."""
+        learner = self.learner(adapter)
+        for step, batch in enumerate(site.data.batches(site.round)):
+            seed = self.dropout_seed(site.round, site.name, step)
+            logits = self.model.forward(learner.tensors, batch.lengths_B, batch.ids_BT, dropout_seed=seed)
+            self.model.backward(task_loss(logits, self.to_device(batch.targets)), batch.shape)
+            learner.step(self.progress(site.round, step, site.data.steps))
+        return learner.values()
+
+    # The public set ------------------------------------------------------------------------------------------------
+
+    def predict(self, adapter: Adapter) -> Tensor:
+        """Logits on the public set without dropout: [M, C], or for causal-lm a row for each target token."""
+        rows: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for indices in length_sorted_batches(self.public, self.train.batch_size):
+                batch = collate(self.public, indices, self.pad_id)
+                logits = self._predicted(self.model.forward(adapter, batch.lengths_B, batch.ids_BT), batch)
+                rows.update(zip(indices.tolist(), logits.split(self._rows_of(batch)), strict=True))
+        return torch.cat([rows[i] for i in range(len(self.public))])
+
+    def distil(
+        self,
+        adapter: Adapter,
+        teacher: Tensor,
+        round: int,
+        who: str,
+        epochs: int,
+        temperature: float,
+        weight: float = 1.0,
+        learning_rate: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Train towards the teacher's logits (as `predict` lays them out) by weight · T²·KL; an adapter."""
+        learner = self.learner(adapter, learning_rate=learning_rate)
+        batch_size = self.train.batch_size
+        steps = epochs * -(-len(self.public) // batch_size)
+        counts = [self._rows_of(collate(self.public, [i], self.pad_id))[0] for i in range(len(self.public))]
+        starts = np.cumsum([0, *counts])
+        for step, indices in enumerate(self._public_batches(round, who, epochs)):
+            batch = collate(self.public, indices, self.pad_id)
+            wanted = torch.cat([teacher[starts[i] : starts[i + 1]] for i in indices]).to(self.model.device)
+            seed = self.dropout_seed(round, f"public {who}", step)
+            logits = self.model.forward(learner.tensors, batch.lengths_B, batch.ids_BT, dropout_seed=seed)
+            loss = weight * distillation_loss(self._predicted(logits, batch), wanted, temperature)
+            self.model.backward(loss, batch.shape)
+            learner.step(self.progress(round, step, steps))
+        return learner.values()
+
+    def _public_batches(self, round: int, who: str, epochs: int) -> Iterator[np.ndarray]:
+        for epoch in range(epochs):
+            name = f"public {who}"
+            yield from epoch_batches(
+                len(self.public), self.train.batch_size, seed=self.seed, round=round, site=name, epoch=epoch
+            )
+
+    def _rows_of(self, batch: Batch) -> list[int]:
+        """Rows of logits for each example: one, or for causal-lm one for each target token."""
+        if batch.targets is None or batch.targets.dim() == 1:
+            return [1] * len(batch)
+        return (batch.targets[:, 1:] != -100).sum(1).tolist()
+
+    def _predicted(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits as rows: unchanged for classification, those that predict a target token for causal-lm."""
+        if logits.dim() == 2:
+            return logits
+        assert batch.targets is not None
+        return logits[:, :-1][self.to_device(batch.targets)[:, 1:] != -100]
+
+    # Small things ----------------------------------------------------------------------------------------------------
+
+    def to_device(self, tensor: Tensor | None) -> Tensor:
+        """The tensor where the model is."""
+        assert tensor is not None
+        return tensor.to(self.model.device)
+
+    def shuffled(self, sites: Sequence[str]) -> list[str]:
+        """The sites in an order that is a pure function of (seed, round)."""
+        order = np.random.default_rng([self.seed, self.round, 0x6F72]).permutation(len(sites))
+        return [sorted(sites)[i] for i in order]
+
+
+def weights_of(inbox: Mapping[str, Reply]) -> dict[str, float]:
+    """The `weight` fact of each site."""
+    return {site: float(reply.fact("weight")) for site, reply in inbox.items()}

@@ -1,0 +1,130 @@
+"""The meter: floating point operations, memory and seconds of a site, counted while it works.
+
+* **FLOPs** are counted, not estimated: `torch.utils.flop_counter` watches the forward and the backward pass the first
+  time a shape occurs, and the count is reused for that shape (2 FLOPs for a multiply-add, matrix products only).
+* **Memory** is modelled from counted parts: weights held, trainable tensors with gradients and optimizer state, and
+  the tensors that autograd keeps for the backward pass, counted once for each shape.
+* **Seconds** are wall-clock seconds in which the site worked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Effort:
+    """What one site has spent so far."""
+
+    flops: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    held_bytes: int = 0  # weights and trainable state, now
+    saved_bytes: int = 0  # kept for backward passes that are still to come, now
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass takes: FLOPs, and bytes kept for its backward pass."""
+
+    flops: int
+    saved_bytes: int
+
+
+class Meter:
+    """Counts only while a site works (`at`), so a server that shares the process costs its clients nothing."""
+
+    def __init__(self, costs: dict[Hashable, Cost] | None = None) -> None:
+        self._costs = {} if costs is None else costs  # may be shared by runs on the same model
+        self._efforts: dict[str, Effort] = {}
+        self._site: Effort | None = None
+
+    @contextmanager
+    def at(self, site: str) -> Iterator[None]:
+        """Everything inside is the work of that site."""
+        effort = self._site = self.effort(site)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            effort.seconds += time.perf_counter() - start
+            self._site = None
+
+    def hold(self, nbytes: int) -> None:
+        """The site now holds that many bytes of weights, trainable tensors, gradients and optimizer state."""
+        if self._site is not None:
+            self._site.held_bytes, self._site.saved_bytes = nbytes, 0
+            self._site.peak_bytes = max(self._site.peak_bytes, nbytes)
+
+    @contextmanager
+    def work(self, key: tuple[Hashable, ...], weights: Callable[[], set[int]]) -> Iterator[None]:
+        """One pass; `key` is `(direction, span, shape, with gradients)`, and the same key costs the same.
+
+        `weights()` gives the storage addresses of parameters: autograd keeps them too, but they are no activations.
+        """
+        effort = self._site
+        if effort is None:
+            yield
+            return
+        if key in self._costs:
+            yield
+        else:
+            with _Watch(weights()) as watch:
+                yield
+            self._costs[key] = watch.cost()
+        effort.flops += self._costs[key].flops
+        forward = ("forward", *key[1:])
+        kept = self._costs[forward].saved_bytes if forward in self._costs else 0
+        if key[0] == "forward":
+            effort.saved_bytes += kept
+            effort.peak_bytes = max(effort.peak_bytes, effort.held_bytes + effort.saved_bytes)
+        else:
+            effort.saved_bytes -= kept
+
+    def effort(self, site: str) -> Effort:
+        """What that site has spent."""
+        return self._efforts.setdefault(site, Effort())
+
+    def total(self, name: str) -> float:
+        """Sum over sites of `flops` or `seconds`."""
+        return sum(getattr(effort, name) for effort in self._efforts.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest peak of any site."""
+        return max((effort.peak_bytes for effort in self._efforts.values()), default=0)
+
+
+class _Watch:
+    """Counts FLOPs and the distinct storages saved for backward, without changing a bit of the result."""
+
+    def __init__(self, weights: set[int]) -> None:
+        self._flops = FlopCounterMode(display=False)
+        self._weights = weights
+        self._saved: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _Watch:
+        self._hooks.__enter__()
+        self._flops.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._flops.__exit__(*error)
+        self._hooks.__exit__(*error)
+
+    def cost(self) -> Cost:
+        return Cost(self._flops.get_total_flops(), sum(self._saved.values()))

@@ -1,0 +1,243 @@
+"""One frozen base model, and as many adapters beside it as there are sites.
+
+An adapter is a mapping from parameter names to tensors: the LoRA tensors, the classification head and whatever
+`modules_to_save` names. Everything that trains is in it, and nothing in it is ever shared by two sites.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .cut import WHOLE, Gates, Reached, Span, find_blocks, pack, positions_of, unpack, within
+from .load import Task
+from .train import Adapter
+
+_HEADS = r".*(classifier|score)(\..*)?"  # trained whole by PEFT in sequence classification, so never given LoRA too
+
+Observe = Callable[[tuple[Hashable, ...], Callable[[], set[int]]], AbstractContextManager[None]]
+
+
+class LoraConfig(BaseModel):
+    """The adapter, in PEFT's words: W + (lora_alpha / r)·B·A (LoRA, arXiv:2106.09685)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: int = Field(default=8, ge=1, description="rank")
+    lora_alpha: float = Field(default=16, gt=0, description="scale is lora_alpha / r")
+    target_modules: str | list[str] = Field(default="all-linear", description="module names, or all-linear")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input of A")
+    use_rslora: bool = Field(default=False, description="scale is lora_alpha / sqrt(r)")
+    modules_to_save: list[str] | None = Field(default=None, description="modules trained whole, beside the head")
+
+
+def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
+    """The base with LoRA from PEFT in it; A is drawn from torch's global generator, B is zero.
+
+    Raises ModelError where `target_modules` match nothing, with the names that would match.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
+        target_modules=lora.target_modules,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        modules_to_save=lora.modules_to_save,
+        exclude_modules=_HEADS if task == "classification" else None,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D itself
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's use of it
+            return peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        kinds = (nn.Linear, nn.Embedding)
+        linear = {
+            n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, kinds) or "Conv1D" in type(m).__name__
+        }
+        raise ModelError(
+            f"lora.target_modules {lora.target_modules!r} match nothing; there are {sorted(linear)}"
+        ) from error
+
+
+class AdaptedModel:
+    """Runs the base with any adapter, whole or over a span of its blocks; many autograd graphs may be open at once.
+
+    Attributes: `initial`, the adapter all start from; `depth`, the number of blocks; `observe`, a hook around each
+    forward and backward pass, by which a meter counts.
+    """
+
+    def __init__(
+        self, peft_model: Any, task: Task, precision: str = "fp32", device: torch.device | None = None
+    ) -> None:
+        self.peft, self.task, self.precision = peft_model, task, precision
+        self.device = device or torch.device("cpu")
+        self.dtype = torch.float64 if precision == "fp64" else torch.float32
+        peft_model.to(self.device, self.dtype)
+        self.module: nn.Module = peft_model.get_base_model()
+        self.module.eval()
+        self.initial = {n: p.detach().clone() for n, p in self.module.named_parameters() if p.requires_grad}
+        self.module.requires_grad_(False)
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules())
+        self.observe: Observe = lambda key, weights: nullcontext()
+        self._dtype_at: dict[int, torch.dtype] = {}  # of hidden states at a cut; bf16 in some models under autocast
+        blocks = find_blocks(self.module)
+        self._gates = Gates(blocks)
+        self.depth = self._gates.depth
+        config: Any = self.module.config
+        self._real_id = 0 if config.pad_token_id != 0 else 1  # any token that is no padding
+        self._pad_id = config.pad_token_id
+        self._positions = positions_of(self.module, self._gates, self._probe)
+        self._owner = self._owners()
+
+    # Running ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        adapter: Adapter,
+        lengths_B: Tensor,
+        ids_BT: Tensor | None = None,
+        h_ND: Tensor | None = None,
+        span: Span = WHOLE,
+        dropout_seed: int | None = None,
+    ) -> Tensor:
+        """Logits ([B, C], or [B, T, V] for causal-lm) where the span ends in the head, else hidden states [N, D].
+
+        Spans that start at -1 take `ids_BT`, all others the packed `h_ND` of the cut. `dropout_seed` switches dropout
+        on. What leaves and enters a span is fp32 (fp64 at that precision), whatever autocast does inside.
+        """
+        lengths_B = lengths_B.to(self.device)
+        ids_BT = self._placeholder_ids(lengths_B) if ids_BT is None else ids_BT.to(self.device)
+        start, stop = span
+        h_BTD = None
+        if h_ND is not None:
+            h_BTD = unpack(h_ND.to(self.device, self._dtype_at.get(start, self.dtype)), lengths_B)
+        mask_BT = torch.arange(ids_BT.shape[1], device=self.device) < lengths_B[:, None]
+        training = dropout_seed is not None and self.has_dropout
+        if self.module.training != training:
+            self.module.train(training)
+        key = ("forward", span, tuple(ids_BT.shape), torch.is_grad_enabled())
+        with (
+            self.observe(key, lambda: self._addresses(adapter)),
+            self._gates.open(span, h_BTD, dropout_seed if training else None),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+        ):
+            try:
+                output = self._call(adapter, ids_BT, mask_BT)
+            except Reached as reached:
+                assert stop is not None
+                self._dtype_at[stop] = reached.h_BTD.dtype
+                return pack(reached.h_BTD, lengths_B).to(self.dtype)
+        return output.logits.to(self.dtype)
+
+    def backward(
+        self, output: Tensor, shape: tuple[int, int], gradient: Tensor | None = None, span: Span = WHOLE
+    ) -> None:
+        """Backward through what `forward` gave for a batch of `shape` (B, T) over `span`."""
+        with self.observe(("backward", span, shape, True), set):
+            output.backward(gradient)
+
+    def _call(self, adapter: Adapter, ids_BT: Tensor, mask_BT: Tensor) -> Any:
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
+        return torch.func.functional_call(self.module, dict(adapter), kwargs=inputs, tie_weights=False)
+
+    def _placeholder_ids(self, lengths_B: Tensor) -> Tensor:
+        """Ids for a half that never sees the text: they tell padding from tokens, and nothing else."""
+        mask_BT = torch.arange(int(lengths_B.max()), device=self.device) < lengths_B[:, None]
+        return torch.where(mask_BT, self._real_id, self._pad_id)
+
+    def _probe(self) -> None:
+        with torch.no_grad(), self._gates.open(WHOLE, None, None):
+            lengths_B = torch.tensor([2, 1], device=self.device)
+            self._call({}, self._placeholder_ids(lengths_B), torch.arange(2, device=self.device) < lengths_B[:, None])
+
+    # The two sides of a cut --------------------------------------------------------------------------------------
+
+    def _owners(self) -> dict[str, list[int]]:
+        """Positions at which each trainable tensor is used; one that never runs counts as the head's."""
+        places = {id(p): [] for p in self.module.parameters()}
+        for module, position in self._positions.items():
+            for parameter in module.parameters(recurse=False):
+                places[id(parameter)].append(position)
+        named = dict(self.module.named_parameters())
+        return {name: places[id(named[name])] or [self.depth] for name in self.initial}
+
+    def part(self, adapter: Adapter, *spans: Span) -> dict[str, Tensor]:
+        """The tensors of an adapter that the spans use.
+
+        Raises ModelError where a trainable tensor is used both inside and outside: tied weights across the cut.
+        """
+        inside: dict[str, Tensor] = {}
+        for name, tensor in adapter.items():
+            held = {any(within(position, span, self.depth) for span in spans) for position in self._owner[name]}
+            if len(held) > 1:
+                raise ModelError(
+                    f"{name} trains on both sides of the cut (tied weights): leave it out of lora or move the cut"
+                )
+            if held == {True}:
+                inside[name] = tensor
+        return inside
+
+    def held_bytes(self, *spans: Span) -> int:
+        """Bytes of the frozen weights that run within the spans."""
+        weights: dict[int, int] = {}
+        for module, position in self._positions.items():
+            if any(within(position, span, self.depth) for span in spans):
+                for p in module.parameters(recurse=False):
+                    weights[p.data_ptr()] = p.numel() * p.element_size()
+        trainable = {p.data_ptr() for n, p in self.module.named_parameters() if n in self.initial}
+        return sum(size for address, size in weights.items() if address not in trainable)
+
+    def verify_cut(self, stops: Sequence[int]) -> None:
+        """Raises ModelError unless the model cut at `stops` gives the logits of the whole model, to the last bit."""
+        generator = torch.Generator().manual_seed(0)
+        config: Any = self.module.config
+        lengths_B = torch.tensor([5, 3, 7])
+        ids_BT = torch.randint(0, config.vocab_size, (3, 7), generator=generator)
+        mask_BT = torch.arange(7) < lengths_B[:, None]
+        ids_BT = ids_BT.masked_fill(ids_BT == self._pad_id, self._real_id).masked_fill(~mask_BT, self._pad_id)
+        with torch.no_grad():
+            whole = self.forward(self.initial, lengths_B, ids_BT)
+            ends = [-1, *stops]
+            joined = None
+            for start, stop in zip(ends, [*stops, None], strict=True):
+                first = ids_BT if start == -1 else None
+                joined = self.forward(self.initial, lengths_B, first, joined, (start, stop))
+        if self.task == "causal-lm":
+            whole, joined = whole[mask_BT], joined[mask_BT]  # type: ignore[index]
+        difference = float((whole - joined).abs().max())  # type: ignore[operator]
+        if difference != 0.0:
+            name = type(self.module).__name__
+            raise ModelError(
+                f"{name} can't be cut at {list(stops)}: its halves differ from the whole by {difference:.2g}"
+            )
+
+    # Files ------------------------------------------------------------------------------------------------------
+
+    def save(self, adapter: Adapter, folder: Path) -> None:
+        """Write an ordinary PEFT folder, which `PeftModel.from_pretrained` opens, head included."""
+        named = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, tensor in adapter.items():
+                named[name].copy_(tensor)
+        try:
+            self.peft.save_pretrained(str(folder))
+        finally:
+            with torch.no_grad():
+                for name, tensor in self.initial.items():
+                    named[name].copy_(tensor)
+
+    def _addresses(self, adapter: Adapter) -> set[int]:
+        tensors = [*self.module.parameters(), *self.module.buffers(), *adapter.values()]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}

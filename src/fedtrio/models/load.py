@@ -1,0 +1,119 @@
+"""Load a model and its tokenizer: built-in, from a local Hugging Face folder, or from the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import ModelError, did_you_mean
+
+Task = Literal["classification", "causal-lm"]
+BUILT_IN = {"nano": Path(__file__).parent / "nano"}
+
+
+def resolve(model: str, base: Path) -> str:
+    """The folder of a built-in or local model, else the Hub id as it stands.
+
+    Raises ModelError where it looks like a folder (it starts with `.` or `/`, or has two slashes) and isn't one.
+    """
+    if model in BUILT_IN:
+        return str(BUILT_IN[model])
+    for folder in (base / model, Path(model)):
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise ModelError(f"model {model!r} is a folder without config.json: not a Hugging Face model folder")
+            return str(folder)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"model {model!r}: no such folder (relative paths start from the configuration file)")
+    return model
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer, padding and truncating on the right, with a pad token (the end-of-text token where none is set).
+
+    Raises ModelError where it can't be found or has neither.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the Hub's, tokenizers' and transformers' own errors share no base class
+        raise _not_found("tokenizer", path, error) from error
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer of {path!r} has neither a pad token nor an end token: set one in it")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    path: str,
+    task: Task,
+    labels: int,
+    pad_token_id: int,
+    attn_implementation: str = "eager",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The pretrained model with a new classification head (`labels` classes) or its language-model head.
+
+    The head is drawn from torch's global generator. Raises ModelError where the model can't be loaded.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": dtype}
+    try:
+        if task == "classification":
+            kind = transformers.AutoModelForSequenceClassification
+            model = kind.from_pretrained(path, num_labels=labels, **options)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:  # as above
+        raise _not_found("model", path, error) from error
+    model.config.pad_token_id = pad_token_id
+    model.config.use_cache = False
+    return model
+
+
+def _not_found(what: str, path: str, error: Exception) -> ModelError:
+    first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if Path(path).is_dir():
+        return ModelError(f"the {what} in {path!r} can't be loaded: {first_line}")
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    hint = (
+        did_you_mean(path, BUILT_IN) or "; give a local folder, a built-in name (nano) or a Hub id that is in the cache"
+    )
+    return ModelError(
+        f"{what} {path!r}: no such folder, and the Hub gave none{offline}{hint}. Said there: {first_line}"
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` takes CUDA where there is one, else the CPU. Raises ModelError for a device that isn't there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError("device is 'cuda', but torch sees no GPU here: use auto or cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r} is unknown: use auto, cpu or cuda") from error
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware multiplies bf16 matrices, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    )
+    return "bf16" if fast else "fp32"
