@@ -136,7 +136,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # how typer says that it was interrupted
+            raise KeyboardInterrupt
         sys.stdout.flush()
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
@@ -166,7 +167,8 @@ def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     try:
-        print(f"fedtrio: {message}", file=sys.stderr)
+        if message:
+            print(f"fedtrio: {message}", file=sys.stderr)
     except UnicodeEncodeError:
         print(f"fedtrio: {message}".encode("ascii", "replace").decode(), file=sys.stderr)
     sys.exit(code)

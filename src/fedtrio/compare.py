@@ -46,10 +46,15 @@ def compare(
         "data": bench.describe(),
         "runs": results["runs"],
     }
+    for name in config.frameworks:
+        bench.cuts(config.framework(name), config.seeds[0])  # better refused now than after an hour of another one
+    if record_frames is not None:
+        _make(record_frames)
     on_start(bench)
     done = {(entry["framework"], entry["seed"]) for entry in results["runs"]}
     if folder is not None:
         _write(folder, config, results)
+        _keep_ledger(folder / "ledger.jsonl", done)
     for seed in config.seeds:
         for name in config.frameworks:
             if (name, seed) in done:
@@ -64,15 +69,25 @@ def compare(
 def warnings_of(bench: Bench) -> list[str]:
     """What a user should know before reading the numbers."""
     config, found = bench.config, list(bench.corpus.warnings)
+    causal = config.task == "causal-lm"
     truncated = sum(examples.truncated for examples in bench.encoded.values())
     if truncated:
         found.append(f"{truncated} texts are longer than max_length {config.train.max_length} tokens and were cut off")
-    if config.task == "causal-lm" and config.split.labels == "server" and "split" in config.frameworks:
+    blind = sum(not (targets[1:] >= 0).any() for targets in bench.encoded["train"].targets or ()) if causal else 0
+    if blind:
+        found.append(f"{blind} training examples have nothing left to predict: the prompt fills max_length")
+    if causal and config.split.labels == "server" and "split" in config.frameworks:
         found.append(
             "split.labels is 'server': in causal-lm the labels are the text itself, which the server thus sees"
         )
     if "split" in config.frameworks and config.split.cut == 0:
         found.append("split.cut is 0: the server can read the texts off the embeddings that sites send")
+    if causal and "kd" in config.frameworks:
+        rows, vocabulary = bench.encoded["public"].target_tokens(), len(bench.tokenizer)
+        if (size := rows * vocabulary * 4) > 100_000_000:
+            found.append(
+                f"kd sends {size / 1e6:,.0f} MB of logits a site and round ({rows} tokens x {vocabulary} words)"
+            )
     small = min((len(share.indices) for share in bench.shares(config.seeds[0])), default=0)
     if small < config.train.batch_size:
         found.append(f"the smallest site has {small} examples, fewer than a batch of {config.train.batch_size}")
@@ -125,14 +140,26 @@ def _write(folder: Path, config: Config, results: Mapping[str, Any]) -> None:
     _replace(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if results["runs"]:
         _replace(folder / "report.html", render(dict(results)))
-    else:
-        (folder / "ledger.jsonl").write_text("", encoding="utf-8")
+
+
+def _keep_ledger(path: Path, done: set[tuple[str, int]]) -> None:
+    """Drop the lines of runs that did not finish: they will be run again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    entries = ((json.loads(line), line) for line in lines)
+    _replace(path, "".join(line for entry, line in entries if (entry["framework"], entry["seed"]) in done))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be made: {error.strerror}; choose another folder") from error
 
 
 def _replace(path: Path, text: str) -> None:
     """Write whole or not at all. Raises ConfigError where the folder can't be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
@@ -26,7 +26,7 @@ MAX_CONFIG_BYTES = 1_000_000
 class Config(BaseModel):
     """Everything a comparison depends on. Every key has a default; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     task: Literal["classification", "causal-lm"] = Field(default="classification", description="what is learnt")
     model: str = Field(default="nano", description="built-in name, local Hugging Face folder, or Hub id")
@@ -36,9 +36,13 @@ class Config(BaseModel):
     partition: PartitionConfig | None = Field(
         default=None, description="null: dirichlet with alpha 0.5 for classification, iid for causal-lm"
     )
-    rounds: int = Field(default=5, ge=1)
-    seeds: list[int] = Field(default=[0], min_length=1, description="one run of each framework for each seed")
-    frameworks: list[FrameworkName] = Field(default=list(FRAMEWORKS), min_length=1)
+    rounds: int = Field(default=5, ge=1, description="exchanges of what a framework exchanges")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
+        default=[0], min_length=1, description="one run of each framework for each seed"
+    )
+    frameworks: list[FrameworkName] = Field(
+        default=list(FRAMEWORKS), min_length=1, description="what is compared, in this order"
+    )
     train: TrainConfig = Field(default_factory=TrainConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     fedllm: FedLLM = Field(default_factory=FedLLM)
@@ -92,7 +96,7 @@ class Config(BaseModel):
         return str(path.resolve()) if path is not None and path.exists() else value
 
     def to_yaml(self) -> str:
-        """YAML that `load_config` reads back to an equal configuration."""
+        """YAML that `load_config` reads back to the same settings."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -104,6 +108,7 @@ def load_config(path: Path | None = None, settings: Sequence[str] = ()) -> Confi
 
     Raises ConfigError, with file and line, for what is unknown (with the near name), mistyped or out of range.
     """
+    base = Path.cwd() if path is None else path.parent.resolve()
     path = path or Path(__file__).parent / "data" / "demo" / "config.yaml"
     text = _read(path)
     try:
@@ -120,7 +125,7 @@ def load_config(path: Path | None = None, settings: Sequence[str] = ()) -> Confi
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, path, text, given)) from error
-    config._base = path.parent.resolve()
+    config._base = base
     return config
 
 
@@ -155,7 +160,7 @@ def _set(tree: dict[str, Any], setting: str) -> tuple[str, ...]:
     path = tuple(key.strip().split("."))
     try:
         parsed = yaml.load(value, Loader=_PlainLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {setting!r}: the value is not YAML") from error
     node: Any = tree
     for part in path[:-1]:

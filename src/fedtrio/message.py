@@ -78,10 +78,11 @@ def decode(frame: bytes) -> Reply:
     if len(entries) > MAX_TENSORS:
         raise MessageError(f"a frame of {len(entries)} tensors; at most {MAX_TENSORS} are allowed")
     for name, entry in entries.items():
-        if entry.get("dtype") not in DTYPES:
-            raise MessageError(f"tensor {name!r} has dtype {entry.get('dtype')!r}; allowed are {sorted(DTYPES)}")
-        if math.prod(entry.get("shape", [0])) == 0:
-            raise MessageError(f"tensor {name!r} is empty (shape {entry.get('shape')})")
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise MessageError(f"tensor {name!r} has dtype {dtype!r}; allowed are {sorted(DTYPES)}")
+        if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+            raise MessageError(f"tensor {name!r} is empty or has no shape ({shape!r})")
     try:
         tensors = safetensors.torch.load(frame)
     except Exception as error:  # safetensors names its own exception, and torch may raise several
@@ -89,6 +90,7 @@ def decode(frame: bytes) -> Reply:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise MessageError(f"tensor {name!r} of message {head['kind']!r} holds NaN or infinity")
+    tensors = {name: tensors[name] for name in sorted(tensors)}  # safetensors gives them in a random order
     return Reply(head["kind"], tensors, head["facts"], round=head["round"], done=head["done"])
 
 
@@ -111,6 +113,7 @@ def _header(frame: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         and isinstance(head["done"], bool)
         and isinstance(head["facts"], dict)
         and all(type(fact) in (int, float, str) for fact in head["facts"].values())
+        and all(math.isfinite(fact) for fact in head["facts"].values() if isinstance(fact, float))
         and all(isinstance(entry, dict) for entry in entries.values())
     )
     if not well_formed:

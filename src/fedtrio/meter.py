@@ -1,7 +1,8 @@
 """The meter: floating point operations, memory and seconds of a site, counted while it works.
 
-* **FLOPs** are counted, not estimated: `torch.utils.flop_counter` watches the forward and the backward pass the first
-  time a shape occurs, and the count is reused for that shape (2 FLOPs for a multiply-add, matrix products only).
+* **FLOPs** are counted, not estimated: each operation of the forward and the backward pass is seen the first time a
+  shape occurs, and the count reused for that shape (formulas of `torch.utils.flop_counter`: matrix products, 2 FLOPs
+  for a multiply-add).
 * **Memory** is modelled from counted parts: weights held, trainable tensors with gradients and optimizer state, and
   the tensors that autograd keeps for the backward pass, counted once for each shape.
 * **Seconds** are wall-clock seconds in which the site worked.
@@ -13,10 +14,12 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass
@@ -102,14 +105,25 @@ class Meter:
         return max((effort.peak_bytes for effort in self._efforts.values()), default=0)
 
 
-class _Watch:
-    """Counts FLOPs and the distinct storages saved for backward, without changing a bit of the result."""
+class _Watch(TorchDispatchMode):
+    """Counts FLOPs by torch's formulas, and the distinct storages saved for backward.
+
+    Not one bit of a result changes: operations run as they are, while `FlopCounterMode` would first take some apart.
+    """
 
     def __init__(self, weights: set[int]) -> None:
-        self._flops = FlopCounterMode(display=False)
+        super().__init__()
         self._weights = weights
+        self._flops = 0
         self._saved: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self._flops += formula(*args, **(kwargs or {}), out_val=output)
+        return output
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -119,12 +133,11 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self._hooks.__enter__()
-        self._flops.__enter__()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, *error: object) -> None:
-        self._flops.__exit__(*error)
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         self._hooks.__exit__(*error)
 
     def cost(self) -> Cost:
-        return Cost(self._flops.get_total_flops(), sum(self._saved.values()))
+        return Cost(self._flops, sum(self._saved.values()))

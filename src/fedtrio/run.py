@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -67,7 +68,8 @@ def run(
     wire.close()
 
     adapter = method.adapter(lab, state)
-    of_sites = [bench.evaluate(lab, s.memory["adapter"]) for s in sites.values() if "adapter" in s.memory]
+    own = method.own_adapters(lab, sites.values())
+    of_sites = [bench.evaluate(lab, own[name]) for name in sites if name in own]
     if adapter is None:  # each site has its own model: the mean over sites stands for the run
         scores = _mean(of_sites)
         curve[-1] |= _shown(scores, config.task)
@@ -85,7 +87,7 @@ def run(
         "messages": _counted(method, ledger, "messages"),
         "client_seconds": round(meter.total("seconds"), 3),
         "client_peak_bytes": meter.peak_bytes,
-        "client_accuracy": {"mean": float(np.mean(accuracies)), "min": min(accuracies)},
+        "client_accuracy": {"mean": math.fsum(accuracies) / len(accuracies), "min": min(accuracies)},
         "sites": [
             _site_entry(site, accuracy, method, ledger, meter)
             for site, accuracy in zip(sites.values(), accuracies, strict=True)
@@ -100,7 +102,7 @@ def run(
         "curve": curve,
     }
     if out is not None:
-        result |= _save(lab, adapter, sites, out, f"{framework}-{seed}")
+        result |= _save(lab, adapter, own, out, f"{framework}-{seed}")
         if method.federated:
             with (out / "ledger.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(line + "\n" for line in ledger.lines(framework=framework, seed=seed))
@@ -162,12 +164,16 @@ class Bench:
             self._model = (seed, model)
         return self._model[1]
 
+    def cuts(self, method: Framework, seed: int) -> tuple[int, ...]:
+        """Where the method cuts the model. Raises ModelError where it has no such block."""
+        depth = self.model(seed).depth
+        for cut in method.cuts(depth):
+            check_cut(cut, depth)
+        return method.cuts(depth)
+
     def lab(self, method: Framework, seed: int, meter: Meter) -> Lab:
         """Model and settings for one run. Raises ModelError where the model can't be cut as the method asks."""
-        model = self.model(seed)
-        cuts = method.cuts(model.depth)
-        for cut in cuts:
-            check_cut(cut, model.depth)
+        model, cuts = self.model(seed), self.cuts(method, seed)
         model.observe = lambda key, weights: meter.work(key, weights)
         if cuts:
             model.verify_cut(cuts)
@@ -188,7 +194,9 @@ class Bench:
         sites = {}
         for share in shares:
             examples = self.encoded["train"].take(share.indices)
-            data = PrivateData(examples, share.name, lab.seed, train.batch_size, train.epochs, lab.pad_id)
+            data = PrivateData(
+                examples, share.name, lab.seed, train.batch_size, train.epochs, lab.pad_id, train.group_by_length
+            )
             if not data.weight:
                 raise DataError(f"{share.name} has nothing to predict: max_length {train.max_length} cuts it all off")
             sites[share.name] = Site(share.name, data, method, lab, meter)
@@ -227,12 +235,14 @@ def _shown(scores: Scores | None, task: str) -> dict[str, Any]:
         shown = {"accuracy": scores.accuracy, "loss": scores.loss}
     if task == "causal-lm":
         shown["perplexity"] = scores.perplexity if scores else None
+    if scores is not None and not math.isfinite(scores.loss):  # it diverged; JSON knows no NaN
+        shown = dict.fromkeys(shown)
     return shown
 
 
 def _mean(scores: Sequence[Scores]) -> Scores:
-    mean = lambda name: float(np.mean([getattr(s, name) for s in scores]))  # noqa: E731
-    return Scores(mean("accuracy"), mean("loss"), scores[0].counted)
+    accuracy = math.fsum(s.accuracy for s in scores) / len(scores)
+    return Scores(accuracy, math.fsum(s.loss for s in scores) / len(scores), scores[0].counted)
 
 
 def _counted(method: Framework, ledger: Ledger, field: str, **where: object) -> int:
@@ -264,14 +274,14 @@ def _site_entry(site: Site, accuracy: float, method: Framework, ledger: Ledger, 
     }
 
 
-def _save(lab: Lab, adapter: Adapter | None, sites: Mapping[str, Site], out: Path, name: str) -> dict[str, Any]:
+def _save(lab: Lab, adapter: Adapter | None, own: Mapping[str, Adapter], out: Path, name: str) -> dict[str, Any]:
     """Write the adapter, or where there is no common one each site's own; paths and hash for results.json."""
     if adapter is not None:
         lab.model.save(adapter, out / name / "adapter")
         return {"adapter": f"{name}/adapter", "adapter_sha256": _sha256(out / name / "adapter")}
-    folders = {site: f"{name}/{index}/adapter" for index, site in enumerate(sites)}
+    folders = {site: f"{name}/{index}/adapter" for index, site in enumerate(own)}
     for site, folder in folders.items():
-        lab.model.save(sites[site].memory["adapter"], out / folder)
+        lab.model.save(own[site], out / folder)
     first = next(iter(folders.values()))
     return {"adapter": first, "adapter_sha256": _sha256(out / first), "adapters": folders}
 

@@ -46,6 +46,11 @@ class Encoded:
             targets = [targets[i] for i in indices]
         return replace(self, input_ids=[self.input_ids[i] for i in indices], targets=targets)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """T_i of each example, int64 [N]."""
+        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
     def target_tokens(self) -> int:
         """What a mean loss averages over: causal-lm the targets left after the shift, else the examples."""
         if isinstance(self.targets, list):
@@ -130,19 +135,27 @@ def collate(encoded: Encoded, indices: Sequence[int] | np.ndarray, pad_id: int) 
     )
 
 
-def epoch_batches(n: int, batch_size: int, *, seed: int, round: int, site: str, epoch: int) -> list[np.ndarray]:
-    """Indices 0..n-1 shuffled and cut into batches, the last one possibly smaller.
+def epoch_batches(
+    n: int, batch_size: int, *, seed: int, round: int, site: str, epoch: int, lengths: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Indices 0..n-1 shuffled and cut into batches, one of them possibly smaller.
 
-    A pure function of its arguments: no order of sites, no resumed run and no other process can change it.
+    With `lengths` [n], every eight shuffled batches are sorted by length before the cut, and the batches then shuffled:
+    texts of like length meet, and little is padded. A pure function of its arguments: no order of sites, no resumed
+    run and no other process can change it.
     """
     rng = np.random.default_rng([seed, round, epoch, *site.encode()])
-    return _cut(rng.permutation(n), batch_size)
+    order = rng.permutation(n)
+    if lengths is None:
+        return _cut(order, batch_size)
+    windows = [window[np.argsort(lengths[window], kind="stable")] for window in _cut(order, 8 * batch_size)]
+    batches = [batch for window in windows for batch in _cut(window, batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def length_sorted_batches(encoded: Encoded, batch_size: int) -> list[np.ndarray]:
     """All indices, shortest examples first (stable), so that batches hold little padding; for evaluation."""
-    lengths = np.array([len(ids) for ids in encoded.input_ids], dtype=np.int64)
-    return _cut(np.argsort(lengths, kind="stable"), batch_size)
+    return _cut(np.argsort(encoded.lengths, kind="stable"), batch_size)
 
 
 def _classification_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Ids, int]:

@@ -27,7 +27,7 @@ SPLIT_SEED = 0
 class DataConfig(BaseModel):
     """Where the examples come from, and what their columns are called."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train: str | None = Field(
         default=None,

@@ -33,7 +33,7 @@ PARAMETERS = {
 class PartitionConfig(BaseModel):
     """How the training examples are dealt to sites; a parameter that `name` does not use is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["iid", "dirichlet", "shards", "quantity", "column", "length"] = Field(
         default="dirichlet",

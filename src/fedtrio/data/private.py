@@ -18,6 +18,7 @@ class PrivateData:
     batch_size: int
     epochs: int
     pad_id: int
+    group_by_length: bool = False
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -34,8 +35,9 @@ class PrivateData:
 
     def batches(self, round: int) -> Iterator[Batch]:
         """The mini-batches of a round, a pure function of (seed, round, site)."""
+        lengths = self.encoded.lengths if self.group_by_length else None
         for epoch in range(self.epochs):
             for indices in epoch_batches(
-                len(self), self.batch_size, seed=self.seed, round=round, site=self.site, epoch=epoch
+                len(self), self.batch_size, seed=self.seed, round=round, site=self.site, epoch=epoch, lengths=lengths
             ):
                 yield collate(self.encoded, indices, self.pad_id)

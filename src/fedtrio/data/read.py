@@ -13,17 +13,15 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtrio.errors import DataError, did_you_mean
+from fedtrio.hub import hub_or_cache
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
-HUB_TIMEOUT_SECONDS = 5
 MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit of 128 KiB is less than a long document
 
 Columns = dict[str, list[Any]]
@@ -89,7 +87,7 @@ def read_hub(source: str, split: str) -> Table:
     name, _, config = source.partition(":")
     where = f"Hub dataset {source!r}, split {split!r}"
     try:
-        with nullcontext() if _hub_answers(name) else _offline():
+        with hub_or_cache(name, "dataset"):
             loaded = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
@@ -182,37 +180,6 @@ def _read_parquet(path: Path) -> Columns:
         return pyarrow.parquet.read_table(path).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from None
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """The Hub's clients use their cache alone inside."""
-    import datasets.config
-    import huggingface_hub
-
-    places: list[Any] = [huggingface_hub.constants, datasets.config]
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
-
-
-def _hub_answers(name: str) -> bool:
-    """Ask once, briefly; `load_dataset` would retry for half a minute before it looks into its cache."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
-    except HfHubHTTPError:
-        return True  # the Hub is there and says no; load_dataset explains
-    except Exception:  # silence, in the words of whichever HTTP library the Hub client uses
-        return False
-    return True
 
 
 def _first_line(error: BaseException) -> str:

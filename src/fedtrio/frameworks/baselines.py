@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from ..message import Message, Reply
@@ -38,3 +38,7 @@ class Local(Framework):
     def adapter(self, lab: Lab, state: State) -> Adapter | None:
         """There is no common model."""
         return None
+
+    def own_adapters(self, lab: Lab, sites: Iterable[Site]) -> dict[str, Adapter]:
+        """Each site's own; one that never took part still has the common start."""
+        return {site.name: site.memory.get("adapter", lab.model.initial) for site in sites}

@@ -7,13 +7,12 @@ student from the aggregate and sends the aggregate back; each site distils its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from ..aggregation.logits import aggregate
-from ..errors import MessageError
 from ..message import Message, Reply
 from ..models.train import Adapter
 from .lab import ClientDialogue, Framework, Lab, ServerProgram, Site, State, weights_of
@@ -41,8 +40,8 @@ class KD(Framework):
         if not len(lab.public):
             return
         rows = {site: reply.tensor("logits") for site, reply in inbox.items()}
-        if len({z.shape for z in rows.values()}) > 1:
-            raise MessageError(f"logits of different public sets: { ({s: tuple(z.shape) for s, z in rows.items()}) }")
+        for site, logits in rows.items():
+            lab.check_public(logits, site)
         teacher = aggregate(self.aggregation, rows, weights_of(inbox))
         state["student"] = lab.distil(
             state["student"],
@@ -63,6 +62,7 @@ class KD(Framework):
         if not len(lab.public):
             return Message("done", {}, facts)
         answer = yield Message("logits", {"logits": lab.predict(adapter)}, facts)
+        lab.check_public(answer.tensor("logits"), "the server")
         if self.distill_weight and self.distill_epochs:
             site.memory["adapter"] = lab.distil(
                 adapter,
@@ -79,3 +79,7 @@ class KD(Framework):
     def adapter(self, lab: Lab, state: State) -> Adapter:
         """The server's student."""
         return state["student"]
+
+    def own_adapters(self, lab: Lab, sites: Iterable[Site]) -> dict[str, Adapter]:
+        """Each site's own; one that never took part still has the common start."""
+        return {site.name: site.memory.get("adapter", lab.model.initial) for site in sites}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.batches import Batch, Encoded, collate, epoch_batches, length_sorted_batches
 from ..data.private import PrivateData
+from ..errors import MessageError
 from ..message import Message, Reply
 from ..models.adapter import AdaptedModel
 from ..models.cut import WHOLE, Span
@@ -38,7 +39,7 @@ class Site(Protocol):
 class Framework(BaseModel):
     """A framework is its hyper-parameters and four methods; every `yield` is one crossing of the wire."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     federated: ClassVar[bool] = True  # False for the yardsticks, in which nothing would cross a wire
 
@@ -57,6 +58,10 @@ class Framework(BaseModel):
     def adapter(self, lab: Lab, state: State) -> Adapter | None:
         """What is evaluated, saved and shipped; None where each site keeps its own."""
         raise NotImplementedError
+
+    def own_adapters(self, lab: Lab, sites: Iterable[Site]) -> dict[str, Adapter]:
+        """The models that sites keep to themselves, by site; empty where all hold the common one."""
+        return {}
 
     def cuts(self, depth: int) -> tuple[int, ...]:
         """Blocks before which the model is cut."""
@@ -144,10 +149,11 @@ class Lab:
         return learner.values()
 
     def _public_batches(self, round: int, who: str, epochs: int) -> Iterator[np.ndarray]:
+        lengths = self.public.lengths if self.train.group_by_length else None
         for epoch in range(epochs):
-            name = f"public {who}"
+            order = {"seed": self.seed, "round": round, "epoch": epoch}
             yield from epoch_batches(
-                len(self.public), self.train.batch_size, seed=self.seed, round=round, site=name, epoch=epoch
+                len(self.public), self.train.batch_size, **order, site=f"public {who}", lengths=lengths
             )
 
     def _rows_of(self, batch: Batch) -> list[int]:
@@ -163,6 +169,12 @@ class Lab:
         assert batch.targets is not None
         return logits[:, :-1][self.to_device(batch.targets)[:, 1:] != -100]
 
+    def check_public(self, logits: Tensor, who: str) -> None:
+        """Raises MessageError unless there is a row of logits for each row of the public set."""
+        expected = (self.public.target_tokens(), self.model.classes)
+        if logits.shape != expected:
+            raise MessageError(f"{who} sent logits {tuple(logits.shape)}; this public set wants {expected}")
+
     # Small things ----------------------------------------------------------------------------------------------------
 
     def to_device(self, tensor: Tensor | None) -> Tensor:
@@ -177,5 +189,9 @@ class Lab:
 
 
 def weights_of(inbox: Mapping[str, Reply]) -> dict[str, float]:
-    """The `weight` fact of each site."""
-    return {site: float(reply.fact("weight")) for site, reply in inbox.items()}
+    """The `weight` fact of each site. Raises MessageError where one is no number above 0."""
+    weights = {site: reply.fact("weight") for site, reply in inbox.items()}
+    for site, weight in weights.items():
+        if isinstance(weight, str) or weight <= 0:
+            raise MessageError(f"{site} sent the weight {weight!r}; it must be a number above 0")
+    return {site: float(weight) for site, weight in weights.items()}

@@ -29,7 +29,7 @@ Observe = Callable[[tuple[Hashable, ...], Callable[[], set[int]]], AbstractConte
 class LoraConfig(BaseModel):
     """The adapter, in PEFT's words: W + (lora_alpha / r)·B·A (LoRA, arXiv:2106.09685)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     r: int = Field(default=8, ge=1, description="rank")
     lora_alpha: float = Field(default=16, gt=0, description="scale is lora_alpha / r")
@@ -59,7 +59,7 @@ def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D itself
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's use of it
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT still asks for it
             return peft.get_peft_model(base, config)  # type: ignore[arg-type]
     except ValueError as error:
         kinds = (nn.Linear, nn.Embedding)
@@ -71,11 +71,27 @@ def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
         ) from error
 
 
+def _cast_once(module: nn.Module) -> None:
+    """Keep the frozen weights of matrix products in bf16, as autocast would cast them in every forward pass.
+
+    Not one bit of any result changes. Embeddings stay fp32 (autocast doesn't touch them), and so does a head tied to
+    them; PEFT's own cast of the input to the adapter's dtype and back is left out.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    for name, inner in module.named_modules():
+        if hasattr(inner, "cast_input_dtype_enabled"):
+            setattr(inner, "cast_input_dtype_enabled", False)  # noqa: B010
+        is_product = isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D"
+        trains = "lora_" in name or "modules_to_save" in name
+        if is_product and not trains and id(inner.weight) not in embeddings:
+            inner.to(torch.bfloat16)
+
+
 class AdaptedModel:
     """Runs the base with any adapter, whole or over a span of its blocks; many autograd graphs may be open at once.
 
-    Attributes: `initial`, the adapter all start from; `depth`, the number of blocks; `observe`, a hook around each
-    forward and backward pass, by which a meter counts.
+    Attributes: `initial`, the adapter all start from; `depth`, the number of blocks; `classes`, the width of its
+    logits; `observe`, a hook around each forward and backward pass, by which a meter counts.
     """
 
     def __init__(
@@ -89,6 +105,8 @@ class AdaptedModel:
         self.module.eval()
         self.initial = {n: p.detach().clone() for n, p in self.module.named_parameters() if p.requires_grad}
         self.module.requires_grad_(False)
+        if precision == "bf16":
+            _cast_once(self.module)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules())
         self.observe: Observe = lambda key, weights: nullcontext()
         self._dtype_at: dict[int, torch.dtype] = {}  # of hidden states at a cut; bf16 in some models under autocast
@@ -131,7 +149,6 @@ class AdaptedModel:
         with (
             self.observe(key, lambda: self._addresses(adapter)),
             self._gates.open(span, h_BTD, dropout_seed if training else None),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
         ):
             try:
                 output = self._call(adapter, ids_BT, mask_BT)
@@ -150,7 +167,8 @@ class AdaptedModel:
 
     def _call(self, adapter: Adapter, ids_BT: Tensor, mask_BT: Tensor) -> Any:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
-        return torch.func.functional_call(self.module, dict(adapter), kwargs=inputs, tie_weights=False)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return torch.func.functional_call(self.module, dict(adapter), kwargs=inputs, tie_weights=False)
 
     def _placeholder_ids(self, lengths_B: Tensor) -> Tensor:
         """Ids for a half that never sees the text: they tell padding from tokens, and nothing else."""
@@ -160,16 +178,17 @@ class AdaptedModel:
     def _probe(self) -> None:
         with torch.no_grad(), self._gates.open(WHOLE, None, None):
             lengths_B = torch.tensor([2, 1], device=self.device)
-            self._call({}, self._placeholder_ids(lengths_B), torch.arange(2, device=self.device) < lengths_B[:, None])
+            mask_BT = torch.arange(2, device=self.device) < lengths_B[:, None]
+            self.classes = self._call({}, self._placeholder_ids(lengths_B), mask_BT).logits.shape[-1]
 
     # The two sides of a cut --------------------------------------------------------------------------------------
 
     def _owners(self) -> dict[str, list[int]]:
         """Positions at which each trainable tensor is used; one that never runs counts as the head's."""
         places = {id(p): [] for p in self.module.parameters()}
-        for module, position in self._positions.items():
+        for module, positions in self._positions.items():
             for parameter in module.parameters(recurse=False):
-                places[id(parameter)].append(position)
+                places[id(parameter)] += positions
         named = dict(self.module.named_parameters())
         return {name: places[id(named[name])] or [self.depth] for name in self.initial}
 
@@ -192,8 +211,8 @@ class AdaptedModel:
     def held_bytes(self, *spans: Span) -> int:
         """Bytes of the frozen weights that run within the spans."""
         weights: dict[int, int] = {}
-        for module, position in self._positions.items():
-            if any(within(position, span, self.depth) for span in spans):
+        for module, positions in self._positions.items():
+            if any(within(position, span, self.depth) for position in positions for span in spans):
                 for p in module.parameters(recurse=False):
                     weights[p.data_ptr()] = p.numel() * p.element_size()
         trainable = {p.data_ptr() for n, p in self.module.named_parameters() if n in self.initial}

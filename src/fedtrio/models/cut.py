@@ -95,21 +95,29 @@ class Gates:
         return gated
 
 
-def positions_of(module: nn.Module, gates: Gates, run: Callable[[], object]) -> dict[nn.Module, int]:
+def positions_of(module: nn.Module, gates: Gates, run: Callable[[], object]) -> dict[nn.Module, list[int]]:
     """Where each module that owns parameters runs, seen by running the model once: -1, a block's index, or depth."""
-    seen: dict[nn.Module, int] = {}
+    seen: dict[nn.Module, list[int]] = {}
 
     def note(inner: nn.Module, _: object) -> None:
-        seen.setdefault(inner, gates.position)
+        seen.setdefault(inner, []).append(gates.position)
 
-    owners = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
-    hooks = [m.register_forward_pre_hook(note) for m in owners]
+    hooks = [m.register_forward_pre_hook(note) for m in module.modules()]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    places: dict[nn.Module, list[int]] = {}
+    for name, inner in module.named_modules():
+        if any(True for _ in inner.parameters(recurse=False)):
+            if isinstance(inner, nn.ParameterDict | nn.ParameterList):  # these never run; what holds them does
+                inner_runs = seen.get(module.get_submodule(name.rpartition(".")[0]), [])
+            else:
+                inner_runs = seen.get(inner, [])
+            if inner_runs:
+                places[inner] = inner_runs
+    return places
 
 
 def within(position: int, span: Span, depth: int) -> bool:

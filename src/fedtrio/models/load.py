@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, did_you_mean
+from ..hub import hub_or_cache
 
 Task = Literal["classification", "causal-lm"]
 BUILT_IN = {"nano": Path(__file__).parent / "nano"}
@@ -40,9 +42,12 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with nullcontext() if Path(path).is_dir() else hub_or_cache(path, "model"):
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # the Hub's, tokenizers' and transformers' own errors share no base class
         raise _not_found("tokenizer", path, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"the tokenizer in {path!r} knows no words: its vocabulary file is missing")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -69,11 +74,12 @@ def load_base(
     transformers.logging.disable_progress_bar()
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": dtype}
     try:
-        if task == "classification":
-            kind = transformers.AutoModelForSequenceClassification
-            model = kind.from_pretrained(path, num_labels=labels, **options)
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        with nullcontext() if Path(path).is_dir() else hub_or_cache(path, "model"):
+            if task == "classification":
+                kind = transformers.AutoModelForSequenceClassification
+                model = kind.from_pretrained(path, num_labels=labels, **options)
+            else:
+                model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as error:  # as above
         raise _not_found("model", path, error) from error
     model.config.pad_token_id = pad_token_id
@@ -101,9 +107,12 @@ def pick_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError("device is 'cuda', but torch sees no GPU here: use auto or cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"device {device!r} is unknown: use auto, cpu or cuda") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} is not supported: use auto, cpu or cuda")
+    return found
 
 
 def pick_precision(precision: str, device: torch.device) -> str:

@@ -17,7 +17,7 @@ Adapter = Mapping[str, Tensor]
 class TrainConfig(BaseModel):
     """How any side trains. Names are those of Hugging Face's `TrainingArguments` where the thing is the same."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     learning_rate: float = Field(default=1e-3, ge=0, description="of the LoRA tensors")
     head_learning_rate: float = Field(
@@ -26,6 +26,7 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(default=16, ge=1, description="examples in a mini-batch")
     epochs: int = Field(default=1, ge=0, description="passes over a site's data in one round")
     max_length: int = Field(default=64, ge=2, description="tokens of a text at most; the rest is cut off and counted")
+    group_by_length: bool = Field(default=False, description="texts of like length meet in a batch: less padding")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="fresh in every round")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled for adamw, L2 for sgd")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
