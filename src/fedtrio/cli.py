@@ -112,7 +112,7 @@ class _Progress:
 
     def round(self, framework: str, seed: int, entry: Any) -> None:
         """One round of one framework is over."""
-        shown = "" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:.3f}"
+        shown = "trained" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:.3f}"
         if entry.get("perplexity"):
             shown = f"perplexity {entry['perplexity']:.2f}"
         line = f"{framework:<12} seed {seed}  round {entry['round']}  {shown}"
