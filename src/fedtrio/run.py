@@ -76,31 +76,8 @@ def run(
         on_round(framework, seed, curve[-1])
     assert scores is not None
     accuracies = [s.accuracy for s in of_sites] or [scores.accuracy] * len(sites)
-    result = {
-        "framework": framework,
-        "seed": seed,
-        **_shown(scores, config.task),
-        "rounds": config.rounds,
-        **_spent(method, ledger, meter),
-        "payload_up": _counted(method, ledger, "payload", direction="up"),
-        "payload_down": _counted(method, ledger, "payload", direction="down"),
-        "messages": _counted(method, ledger, "messages"),
-        "client_seconds": round(meter.total("seconds"), 3),
-        "client_peak_bytes": meter.peak_bytes,
-        "client_accuracy": {"mean": math.fsum(accuracies) / len(accuracies), "min": min(accuracies)},
-        "sites": [
-            _site_entry(site, accuracy, method, ledger, meter)
-            for site, accuracy in zip(sites.values(), accuracies, strict=True)
-        ],
-        "kinds": ledger.by_kind() if method.federated else [],
-        "how": {
-            "bytes": "measured",
-            "client_flops": "counted",
-            "client_seconds": "measured",
-            "client_peak_bytes": "modelled",
-        },
-        "curve": curve,
-    }
+    result = {"framework": framework, "seed": seed, "rounds": config.rounds, **_shown(scores, config.task)}
+    result |= _costs(method, sites, accuracies, ledger, meter) | {"curve": curve}
     if out is not None:
         result |= _save(lab, adapter, own, out, f"{framework}-{seed}")
         if method.federated:
@@ -248,6 +225,30 @@ def _mean(scores: Sequence[Scores]) -> Scores:
 def _counted(method: Framework, ledger: Ledger, field: str, **where: object) -> int:
     """From the ledger; a yardstick's messages to itself are no traffic."""
     return ledger.total(field, **where) if method.federated else 0
+
+
+HOW = {"bytes": "measured", "client_flops": "counted", "client_seconds": "measured", "client_peak_bytes": "modelled"}
+
+
+def _costs(
+    method: Framework, sites: Mapping[str, Site], accuracies: Sequence[float], ledger: Ledger, meter: Meter
+) -> dict[str, Any]:
+    """What a run has cost, in all and for each site, and how each number was found."""
+    return {
+        **_spent(method, ledger, meter),
+        "payload_up": _counted(method, ledger, "payload", direction="up"),
+        "payload_down": _counted(method, ledger, "payload", direction="down"),
+        "messages": _counted(method, ledger, "messages"),
+        "client_seconds": round(meter.total("seconds"), 3),
+        "client_peak_bytes": meter.peak_bytes,
+        "client_accuracy": {"mean": math.fsum(accuracies) / len(accuracies), "min": min(accuracies)},
+        "sites": [
+            _site_entry(site, accuracy, method, ledger, meter)
+            for site, accuracy in zip(sites.values(), accuracies, strict=True)
+        ],
+        "kinds": ledger.by_kind() if method.federated else [],
+        "how": HOW,
+    }
 
 
 def _spent(method: Framework, ledger: Ledger, meter: Meter) -> dict[str, int]:
