@@ -49,7 +49,7 @@ def compare(
     for name in config.frameworks:
         bench.cuts(config.framework(name), config.seeds[0])  # better refused now than after an hour of another one
     if record_frames is not None:
-        _make(record_frames)
+        _make(record_frames, "--record-frames")
     on_start(bench)
     done = {(entry["framework"], entry["seed"]) for entry in results["runs"]}
     if folder is not None:
@@ -149,11 +149,11 @@ def _keep_ledger(path: Path, done: set[tuple[str, int]]) -> None:
     _replace(path, "".join(line for entry, line in entries if (entry["framework"], entry["seed"]) in done))
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, option: str = "--out") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} can't be made: {error.strerror}; choose another folder") from error
+        raise ConfigError(f"{folder} can't be written: {error.strerror}; choose another {option}") from error
 
 
 def _replace(path: Path, text: str) -> None:
