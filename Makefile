@@ -26,6 +26,9 @@ test: install ## the whole test suite
 test-slow: install ## checks that take longer
 	$(BIN)/python -m pytest -m slow
 
+test-faults: install ## kill, damage and fuzz at length
+	$(BIN)/python -m pytest -m faults
+
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +44,4 @@ bench: install ## overhead and memory against a bare PyTorch loop
 clean: ## remove what was built
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow test-faults lint format bench clean

@@ -7,7 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DECODERS, DEPTH, KINDS, LABELS, PAD, VOCAB, WIDTH, Played, adapted, federation, lab, play, public_set
+from tiny import (
+    DECODERS,
+    DEPTH,
+    KINDS,
+    LABELS,
+    PAD,
+    VOCAB,
+    WIDTH,
+    Played,
+    adapted,
+    federation,
+    lab,
+    play,
+    public_set,
+    rounds,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -364,3 +379,16 @@ def test_kept_bytes_hold_no_weights() -> None:
         with meter.at("site-2"):
             model.forward(model.initial, torch.full((4,), 6), ids, span=(-1, 2))
         assert meter.effort("site-2").saved_bytes == 0 and meter.effort("site-2").flops > 0
+
+
+def test_wider_batches_are_taken_off_again() -> None:
+    """With padding to a multiple, what is kept for the backward pass is not held beyond it."""
+    model, meter = adapted("gpt2"), Meter()
+    setting = lab(model)
+    model.pad_to_multiple_of = 8
+    try:
+        _, wire = federation(FedLLM(), setting, (8, 8), meter)
+        rounds(FedLLM(), setting, wire, 1)
+    finally:
+        model.pad_to_multiple_of = 1
+    assert all(effort.saved_bytes == 0 < effort.peak_bytes for effort in meter._efforts.values())

@@ -65,7 +65,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def small(*given: str, **changed: Any) -> list[str]:
     """`--set` words for a run of a second or two; later ones win."""
     pairs = [f"{key}={value}" for key, value in (SMALL | changed).items()] + list(given)
-    return [word for pair in pairs for word in ("--set", pair)]
+    return ["--jobs", "1", *(word for pair in pairs for word in ("--set", pair))]
 
 
 def refused(said: Said, code: int, *wanted: str) -> None:
@@ -265,7 +265,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_written(folder):
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     wanted = {"config.yaml", "results.json", "report.html", "ledger.jsonl"}
-    adapters = {f"{name}/adapter/adapter_model.safetensors" for name in ("fedllm-0", "local-0/0", "local-0/1")}
+    adapters = {
+        f"{name}/adapter/adapter_model.safetensors" for name in ("fedllm-0", "local-0/sites/0", "local-0/sites/1")
+    }
     assert wanted | adapters <= names
     assert not [name for name in names if name.endswith(".tmp")]
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -348,7 +350,7 @@ def test_exit_codes(run, tmp_path, monkeypatch, raised, code, wanted):
     def fail(*args: object, **kwargs: object) -> None:
         raise raised
 
-    monkeypatch.setattr("fedtrio.compare.run", fail)
+    monkeypatch.setattr("fedtrio.workers.run", fail)
     words = ("compare", *small(), "--out", tmp_path / "run")
     refused(run(*words), code, wanted)
     shown = run(*words, "--debug")
@@ -356,9 +358,9 @@ def test_exit_codes(run, tmp_path, monkeypatch, raised, code, wanted):
 
 
 def test_interrupt_keeps_what_is_finished(run, tmp_path, monkeypatch):
-    import fedtrio.compare
+    import fedtrio.workers
 
-    real, names = fedtrio.compare.run, []
+    real, names = fedtrio.workers.run, []
 
     def once(config: Any, name: str, *rest: Any) -> Any:
         names.append(name)
@@ -366,7 +368,7 @@ def test_interrupt_keeps_what_is_finished(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(config, name, *rest)
 
-    monkeypatch.setattr("fedtrio.compare.run", once)
+    monkeypatch.setattr("fedtrio.workers.run", once)
     words = ("compare", *small("frameworks=[fedllm,local]"), "--out", tmp_path / "run", "--json")
     refused_once = run(*words)
     assert refused_once.code == 130 and refused_once.out == ""

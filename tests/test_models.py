@@ -321,3 +321,39 @@ def test_the_causal_loss_is_the_mean_over_targets() -> None:
     wanted = -(log_p[0, 0, 2] + log_p[0, 1, 3] + log_p[1, 1, 5]) / 3
     assert torch.allclose(task_loss(logits, targets), wanted, atol=1e-14)
     assert float(task_loss(logits, torch.full_like(targets, -100))) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_padding_to_a_multiple_changes_nothing(kind: str, task: str) -> None:
+    """Batches are wider, and every logit, cut or whole, is the same; never beyond the model's positions."""
+    if (kind, task) == ("bert", "causal-lm"):
+        pytest.skip("BERT has no causal-lm")
+    model, batch = adapted(kind, task), collate(examples(task, 5), range(5), PAD)
+    widths: list[int] = []
+    hook = model.module.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = []
+    try:
+        for multiple in (1, 8, 31):
+            model.pad_to_multiple_of = multiple
+            whole = model.forward(model.initial, batch.lengths_B, batch.ids_BT)
+            h_ND = model.forward(model.initial, batch.lengths_B, batch.ids_BT, span=(-1, 2))
+            found.append((whole, h_ND, model.forward(model.initial, batch.lengths_B, h_ND=h_ND, span=(2, None))))
+    finally:
+        model.pad_to_multiple_of = 1
+        hook.remove()
+    T = batch.ids_BT.shape[1]
+    assert [widths[0], widths[3], widths[6]] == [T, -(-T // 8) * 8, 31] and T % 8
+    kept = batch.mask_BT.bool() if task == "causal-lm" else slice(None)
+    for whole, h_ND, joined in found:
+        assert whole.shape == found[0][0].shape and h_ND.shape == found[0][1].shape
+        atol = 1e-12 if kind in ("gpt2", "bert") else 1e-6  # others take norms and rotations in fp32
+        assert torch.allclose(whole[kept], found[0][0][kept], atol=atol, rtol=0)
+        assert torch.allclose(joined[kept], whole[kept], atol=1e-12, rtol=0)
+    model.pad_to_multiple_of = 50
+    try:
+        assert model._widened(batch.ids_BT).shape[1] == 32  # the tiny models have 32 positions
+    finally:
+        model.pad_to_multiple_of = 1

@@ -307,3 +307,13 @@ def test_ticks_are_few_and_inside(low, high):
 def test_the_page_needs_no_torch():
     code = "import sys, fedtrio.report.page; assert 'torch' not in sys.modules and 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_refused_answers_and_silent_sites_are_named() -> None:
+    results = made_up()
+    results["runs"][0]["events"] = [
+        {"event": "refused", "round": 2, "site": "site-1", "reason": "site-1 sent <b>NaN</b>"},
+        {"event": "lost", "round": 1, "site": "site-0"},
+    ]
+    page = render(results)
+    assert "round 2: site-1 was refused: site-1 sent &lt;b&gt;NaN" in page and "round 1: site-0 fell silent" in page

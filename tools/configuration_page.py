@@ -118,6 +118,8 @@ def _named(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in args)
     if get_origin(annotation) is list:
         return "list of " + re.sub("^(text|integer|number)", r"\1s", _named(args[0]))
+    if get_origin(annotation) is dict:
+        return f"mapping from {_named(args[0])} to {_named(args[1])}"
     raise TypeError(f"no words for the type {annotation}")
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from . import cli_sites
+from .cli_show import Progress, show, silence, stopped, terminal
 from .errors import ConfigError, FedtrioError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from .config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -49,94 +56,75 @@ def compare(
     record_frames: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep every frame as it crossed the wire.")
     ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: as many as the cores allow. Changes no result.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Compare FedLLM, KD-FedLLM and Split-FedLLM, and two yardsticks, on the same model and data."""
-    from rich.console import Console
+    from .config import load_config
 
-    console = Console(stderr=as_json, highlight=False)
     out = out or Path("runs") / f"{config.stem if config else 'demo'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _compare(lambda: load_config(config, settings or []), out, as_json, record_frames, jobs)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="Run folder of a comparison that was broken off.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print results.json to standard output and nothing else.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, as in compare.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Go on with a comparison after the last round that was committed, to the same results."""
+    from .config import load_config
+
+    if not os.path.isfile(folder / "config.yaml"):
+        raise ConfigError(f"{folder} is no run folder: it holds no config.yaml")
+    _compare(lambda: load_config(folder / "config.yaml"), folder, as_json, None, jobs)
+
+
+for _command in (cli_sites.certs, cli_sites.serve, cli_sites.site, cli_sites.doctor):
+    app.command()(_command)
+
+
+def _compare(
+    config: Callable[[], Config], out: Path, as_json: bool, record_frames: Path | None, jobs: int | None
+) -> None:
+    try:
+        out.exists()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--out {out} can't be written: {why}; choose another --out") from error
+    console = terminal(as_json)
     if console.is_terminal:
         console.print("[dim]loading torch, transformers and peft[/]")
     from .compare import compare as run_comparison
-    from .config import load_config
 
-    progress = _Progress(console)
-    results = run_comparison(load_config(config, settings or []), out, progress.round, progress.start, record_frames)
+    progress = Progress(console)
+    stopped.folder = out
+    results = run_comparison(config(), out, progress.round, progress.start, record_frames, jobs)
     progress.stop()
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(results, ensure_ascii=False))
-        return
-    from .report.tables import next_command, plain, print_table, reading
-
-    console.print()
-    print_table(results, console)
-    for sentence in reading(results):
-        console.print(plain(sentence, console), markup=False)
-    console.print(plain(f"\nReport:  {out / 'report.html'}", console), soft_wrap=True, markup=False)
-    console.print(plain(f"Next:    {next_command(results)}", console), soft_wrap=True, markup=False)
-
-
-class _Progress:
-    """A bar on a terminal, one line a round elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Any = None
-        self._task: Any = None
-
-    def start(self, bench: Any) -> None:
-        """Say what is about to run."""
-        config, encoded = bench.config, bench.encoded
-        sites = len(bench.shares(config.seeds[0]))
-        self._console.print(
-            f"{config.model}, {config.task}: {len(encoded['train'])} training examples on {sites} sites, "
-            f"{len(encoded['test'])} test, {len(encoded['public'])} public; "
-            f"{config.rounds} rounds, {config.train.precision} on {config.device}, {config.threads} threads",
-            markup=False,
-        )
-        if self._console.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task("…", total=config.rounds * len(config.frameworks) * len(config.seeds))
-            self._bar.start()
-
-    def round(self, framework: str, seed: int, entry: Any) -> None:
-        """One round of one framework is over."""
-        shown = "trained" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:.3f}"
-        if entry.get("perplexity"):
-            shown = f"perplexity {entry['perplexity']:.2f}"
-        line = f"{framework:<12} seed {seed}  round {entry['round']}  {shown}"
-        if self._bar is not None:
-            self._bar.update(self._task, advance=1, description=line)
-        else:
-            self._console.print(line, markup=False)
-
-    def stop(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
+    show(results, out, console, as_json)
 
 
 def main() -> None:
     """Entry point: runs the command and turns every error into one or two lines and an exit code.
 
-    Codes: 2 usage or configuration, 3 data, 4 model, 5 message, 70 our bug, 130 interrupted.
+    Codes: 2 usage, configuration, or an output that can't be written, 3 data, 4 model, 5 message, 6 network, 7 too few
+    sites, 70 our bug, 130 and 143 interrupted. A reader that goes (`| head`) is no error: the command goes on to its
+    end, and the code is 0.
     """
+    _open_streams()
+    signal.signal(signal.SIGTERM, stopped.catch)
     debug = "--debug" in sys.argv
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # shapes that torch's bf16 products keep memory for; 1024 is MBs
     try:
-        if app(standalone_mode=False) == 130:  # how typer says that it was interrupted
+        code = app(standalone_mode=False)
+        if code == 130:  # how typer says that it was interrupted
             raise KeyboardInterrupt
         sys.stdout.flush()
     except typer.Exit as stop:
@@ -144,15 +132,17 @@ def main() -> None:
     except FedtrioError as error:
         _fail(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, typer.Abort):
-        _fail(
-            "interrupted; finished runs are in the run folder, and the same command with --out goes on",
-            130,
-            debug,
-        )
+        _fail(stopped.say(), 128 + stopped.by, debug)
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
+        sys.exit(0)
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # for which typer exits with 1
+            raise
         sys.exit(0)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _full(sys.stdout, "\n"):
+            _fail(f"standard output can't be written: {error.strerror}", ConfigError.exit_code, debug)
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "exit_code"):
             said = getattr(error, "format_message", error.__str__)()
             _fail(said, ConfigError.exit_code, debug)
@@ -164,14 +154,46 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
+    from .report.svg import printable
+
     try:
+        if debug:
+            traceback.print_exc()
         if message:
-            print(f"fedtrio: {message}", file=sys.stderr)
-    except UnicodeEncodeError:
-        print(f"fedtrio: {message}".encode("ascii", "replace").decode(), file=sys.stderr)
+            print(f"fedtrio: {_LONG.sub(_shortened, printable(message))}", file=sys.stderr)
+    except OSError:  # nobody can be told
+        silence(sys.stderr)
+    if _full(sys.stdout):
+        silence(sys.stdout)  # or Python would say so once more, and end with a code of its own
     sys.exit(code)
+
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+_LONG = re.compile(r"\S{400,}")  # a path or value that would fill the terminal
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][:60]}…{word[0][-60:]} ({len(word[0]):,} characters)"
+
+
+def _full(stream: TextIO, more: str = "") -> bool:
+    """Whether what has been said, and `more`, can't be written."""
+    try:
+        stream.write(more)
+        stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _open_streams() -> None:
+    """Streams that were closed (`>&-`) lead nowhere; letters that a terminal does not know are spelled out."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -5,65 +5,130 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config import Config, load_config
+from .bench import Bench
+from .checkpoint import write_whole
+from .config import Config, WireConfig, load_config
 from .errors import ConfigError
-from .run import Bench, OnRound, run
+from .run import OnRound
+from .workers import Workers
 
 SCHEMA_VERSION = 1
+OnStart = Callable[[Mapping[str, Any]], None]  # what results.json holds before the first run
 
 
 def compare(
     config: Config | None = None,
     out: Path | str | None = None,
     on_round: OnRound = lambda framework, seed, entry: None,
-    on_start: Callable[[Bench], None] = lambda bench: None,
+    on_start: OnStart = lambda results: None,
     record_frames: Path | None = None,
+    jobs: int | None = None,
 ) -> dict[str, Any]:
     """Run all frameworks and seeds of a configuration (None: the embedded default); what results.json holds.
 
     With `out`, the folder gets `config.yaml`, `results.json` and `report.html` (written anew after each run, so that
     nothing finished is lost), `ledger.jsonl` and the adapters. Runs that a folder of the same configuration already
-    holds are kept and not repeated.
+    holds are kept and not repeated, and one that was broken off goes on after its last round.
+
+    `jobs` runs at a time, each in a process of its own with `threads` threads; None: as many as the cores allow. It
+    changes nothing but the time.
 
     Raises ConfigError (also where `out` holds another configuration), DataError, ModelError.
     """
-    bench = Bench(config or load_config())
+    config = (config or load_config()).resolved()
+    folder = Folder(Path(out) if out is not None else None, config)
+    runs = folder.finished()
+    todo = folder.missing(runs)
+    tasks = [(*pair, folder.path, record_frames / "{}-{}".format(*pair) if record_frames else None) for pair in todo]
+    alone = config.device != "cpu" or config.wire.name == "process"
+    jobs = jobs or (1 if alone else config.room)
+    with Workers(config, min(len(todo), jobs)) as workers:
+        results = {"schema_version": SCHEMA_VERSION, **workers.prepare(prepare), "runs": runs}
+        if record_frames is not None:
+            _make(record_frames, "--record-frames")
+        on_start(results)
+        folder.write(results)
+        for entry in workers.results(tasks, on_round):
+            folder.add(results, entry)
+    return results
+
+
+class Folder:
+    """A run folder, or where there is no path, none: what it holds already, and what is added to it."""
+
+    def __init__(self, path: Path | None, config: Config) -> None:
+        self.path, self._config = path, config
+        self._order = [(name, seed) for seed in config.seeds for name in config.frameworks]
+
+    def finished(self) -> list[dict[str, Any]]:
+        """Entries of the runs that the folder holds. Raises ConfigError where they are of another configuration."""
+        path = self.path / "results.json" if self.path else None
+        if self.path is None or path is None or not path.is_file():
+            return []
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier, now = _flat(before["config"]), _flat(self._config.model_dump(mode="json"))
+            runs = before["runs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} can't be read as results of fedtrio: {error}; choose another --out") from error
+        carrier = {f"wire.{key}" for key in WireConfig.model_fields.keys() - {"up", "down"}}  # it changes no result
+        keys = (earlier.keys() | now.keys()) - carrier
+        differing = sorted(key for key in keys if earlier.get(key) != now.get(key))
+        if differing:
+            shown = ", ".join(f"{key} ({earlier.get(key)} there, {now.get(key)} here)" for key in differing[:4])
+            raise ConfigError(
+                f"{self.path} holds another configuration: {shown}; choose another --out or remove the folder"
+            )
+        return [entry for entry in runs if entry["adapter"] is None or (self.path / entry["adapter"]).is_dir()]
+
+    def missing(self, runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+        """Framework and seed of what is still to be run, in order."""
+        done = {(entry["framework"], entry["seed"]) for entry in runs}
+        return [pair for pair in self._order if pair not in done]
+
+    def add(self, results: dict[str, Any], entry: dict[str, Any]) -> None:
+        """A run is finished: its entry takes its place, and its checkpoints go."""
+        results["runs"].append(entry)
+        results["runs"].sort(key=lambda entry: self._order.index((entry["framework"], entry["seed"])))
+        self.write(results)
+        if self.path:
+            shutil.rmtree(self.path / f"{entry['framework']}-{entry['seed']}" / "rounds", ignore_errors=True)
+
+    def write(self, results: Mapping[str, Any]) -> None:
+        """Configuration, results, ledger and report, each whole. Raises ConfigError where it can't be written."""
+        if self.path is None:
+            return
+        from .report.page import render
+
+        write_whole(self.path / "config.yaml", self._config.to_yaml().encode())
+        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        write_whole(self.path / "results.json", text.encode())
+        parts = [self.path / f"{entry['framework']}-{entry['seed']}" / "ledger.jsonl" for entry in results["runs"]]
+        write_whole(self.path / "ledger.jsonl", b"".join(part.read_bytes() for part in parts))
+        if results["runs"]:
+            write_whole(self.path / "report.html", render(dict(results)).encode())
+
+
+def prepare(bench: Bench) -> dict[str, Any]:
+    """Check all that can be checked before anything is trained; the head of results.json.
+
+    Raises ConfigError, DataError, ModelError.
+    """
     config = bench.config
-    results: dict[str, Any] = {"runs": []}
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        results["runs"] = _finished(folder, config)
-    results = {
-        "schema_version": SCHEMA_VERSION,
+    for name in config.frameworks:
+        bench.cuts(config.framework(name), config.seeds[0])  # better refused now than after an hour of another one
+    return {
         "config": config.model_dump(mode="json"),
         "environment": environment(config),
         "warnings": warnings_of(bench),
         "data": bench.describe(),
-        "runs": results["runs"],
     }
-    for name in config.frameworks:
-        bench.cuts(config.framework(name), config.seeds[0])  # better refused now than after an hour of another one
-    if record_frames is not None:
-        _make(record_frames, "--record-frames")
-    on_start(bench)
-    done = {(entry["framework"], entry["seed"]) for entry in results["runs"]}
-    if folder is not None:
-        _write(folder, config, results)
-        _keep_ledger(folder / "ledger.jsonl", done)
-    for seed in config.seeds:
-        for name in config.frameworks:
-            if (name, seed) in done:
-                continue
-            frames = record_frames / f"{name}-{seed}" if record_frames else None
-            results["runs"].append(run(config, name, seed, folder, bench, on_round, frames))
-            if folder is not None:
-                _write(folder, config, results)
-    return results
 
 
 def warnings_of(bench: Bench) -> list[str]:
@@ -88,6 +153,8 @@ def warnings_of(bench: Bench) -> list[str]:
             found.append(
                 f"kd sends {size / 1e6:,.0f} MB of logits a site and round ({rows} tokens x {vocabulary} words)"
             )
+    if not len(bench.corpus.train):
+        return found  # the sites are elsewhere
     small = min((len(share.indices) for share in bench.shares(config.seeds[0])), default=0)
     if small < config.train.batch_size:
         found.append(f"the smallest site has {small} examples, fewer than a batch of {config.train.batch_size}")
@@ -108,24 +175,6 @@ def environment(config: Config) -> dict[str, Any]:
     }
 
 
-def _finished(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """Runs that the folder holds already. Raises ConfigError where they are of another configuration."""
-    path = folder / "results.json"
-    if not path.is_file():
-        return []
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        earlier, now = _flat(before["config"]), _flat(config.model_dump(mode="json"))
-        runs = before["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} can't be read as results of fedtrio: {error}; choose another --out") from error
-    differing = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
-    if differing:
-        shown = ", ".join(f"{key} ({earlier.get(key)} there, {now.get(key)} here)" for key in differing[:4])
-        raise ConfigError(f"{folder} holds another configuration: {shown}; choose another --out or remove the folder")
-    return [entry for entry in runs if (folder / entry["adapter"]).is_dir()]
-
-
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -133,35 +182,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write(folder: Path, config: Config, results: Mapping[str, Any]) -> None:
-    from .report.page import render
-
-    _replace(folder / "config.yaml", config.to_yaml())
-    _replace(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    if results["runs"]:
-        _replace(folder / "report.html", render(dict(results)))
-
-
-def _keep_ledger(path: Path, done: set[tuple[str, int]]) -> None:
-    """Drop the lines of runs that did not finish: they will be run again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    entries = ((json.loads(line), line) for line in lines)
-    _replace(path, "".join(line for entry, line in entries if (entry["framework"], entry["seed"]) in done))
-
-
-def _make(folder: Path, option: str = "--out") -> None:
+def _make(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} can't be written: {error.strerror}; choose another {option}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write whole or not at all. Raises ConfigError where the folder can't be written."""
-    try:
-        _make(path.parent)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}; choose another --out") from error

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
+from .coding import Coding, Use, codecs_of
 from .data.load import DataConfig
 from .data.partition import PartitionConfig
 from .errors import ConfigError, did_you_mean
 from .frameworks import FRAMEWORKS, KD, Centralized, FedLLM, Local, Split
+from .frameworks.guards import Guards
 from .frameworks.lab import Framework
 from .models.adapter import LoraConfig
 from .models.load import BUILT_IN, pick_device, pick_precision
@@ -21,6 +26,48 @@ from .models.train import TrainConfig
 
 FrameworkName = Literal["fedllm", "kd", "split", "centralized", "local"]
 MAX_CONFIG_BYTES = 1_000_000
+DEMO = Path(__file__).parent / "data" / "demo" / "config.yaml"
+MOST = 1_000_000  # no count is above it: what is, is a slip of the keyboard, and explodes further on
+
+
+class WireConfig(BaseModel):
+    """What carries messages between the server and its sites (no result depends on it), and in which form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: Literal["loopback", "process"] = Field(
+        default="loopback", description="loopback: all sites in this process; process: sites in worker processes"
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="process: how many; null: as many as the cores allow with `threads` each",
+    )
+    up: str | dict[Use, str] = Field(
+        default="none", description="codec of what sites send, as topk:0.1+int8, or one for each use"
+    )
+    down: str | dict[Use, str] = Field(default="none", description="codec of what the server sends")
+    sites: list[str] | None = Field(
+        default=None, min_length=1, description="serve: names of the sites, as their certificates say them"
+    )
+    host: str = Field(default="0.0.0.0", description="serve: address to listen at")
+    port: int = Field(default=8443, ge=0, le=65535, description="serve: port to listen at; 0: a free one")
+    max_frame_bytes: int = Field(
+        default=1 << 30, ge=1 << 16, le=10**12, description="serve: the longest message of a site"
+    )
+
+    @model_validator(mode="after")
+    def _known_codecs(self) -> WireConfig:
+        try:
+            self.coding(0)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def coding(self, seed: int) -> Coding:
+        """The codecs of a run."""
+        return Coding(seed, codecs_of(self.up, "up"), codecs_of(self.down, "down"))
 
 
 class Config(BaseModel):
@@ -31,12 +78,12 @@ class Config(BaseModel):
     task: Literal["classification", "causal-lm"] = Field(default="classification", description="what is learnt")
     model: str = Field(default="nano", description="built-in name, local Hugging Face folder, or Hub id")
     data: DataConfig = Field(default_factory=DataConfig)
-    clients: int = Field(default=10, ge=1, description="number of sites (not used with partition column)")
+    clients: int = Field(default=10, ge=1, le=MOST, description="number of sites (not used with partition column)")
     participation: float = Field(default=1.0, gt=0, le=1, description="share of the sites that take part in a round")
     partition: PartitionConfig | None = Field(
         default=None, description="null: dirichlet with alpha 0.5 for classification, iid for causal-lm"
     )
-    rounds: int = Field(default=5, ge=1, description="exchanges of what a framework exchanges")
+    rounds: int = Field(default=5, ge=1, le=MOST, description="exchanges of what a framework exchanges")
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
         default=[0], min_length=1, description="one run of each framework for each seed"
     )
@@ -48,13 +95,40 @@ class Config(BaseModel):
     fedllm: FedLLM = Field(default_factory=FedLLM)
     kd: KD = Field(default_factory=KD)
     split: Split = Field(default_factory=Split)
+    guards: Guards = Field(default_factory=Guards)
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        le=10**7,
+        description="seconds of a round over a network; later answers don't count; null: no limit",
+    )
+    min_sites: int = Field(default=1, ge=1, le=MOST, description="a round with fewer sites left does not count")
+    wire: WireConfig = Field(default_factory=WireConfig)
     device: str = Field(default="auto", description="auto, cpu or cuda")
     threads: int | None = Field(
-        default=None, ge=1, description="torch threads; null: one for each core this process may use"
+        default=None, ge=1, le=1024, description="torch threads; null: one for each core this process may use"
     )
-    attn_implementation: str = Field(default="eager", description="of transformers; eager is counted exactly")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        default="eager", description="of transformers; eager is counted exactly"
+    )  # no other name: transformers takes them for code to be fetched from the Hub
 
     _base: Path = PrivateAttr(default_factory=Path)  # folder that relative paths start from
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_named(cls, value: str) -> str:
+        return _named(value)
+
+    @field_validator("train", "kd", "split", "fedllm", "guards")
+    @classmethod
+    def _counts_in_range(cls, section: BaseModel) -> BaseModel:
+        large = {k: v for k, v in section if isinstance(v, int) and v > MOST}
+        if large:
+            faults = [
+                InitErrorDetails(type="less_than_equal", loc=(k,), input=v, ctx={"le": MOST}) for k, v in large.items()
+            ]
+            raise ValidationError.from_exception_data("Config", faults)
+        return section
 
     @field_validator("seeds", "frameworks")
     @classmethod
@@ -62,6 +136,11 @@ class Config(BaseModel):
         if len(set(values)) < len(values):
             raise ValueError("an entry occurs twice")
         return values
+
+    @property
+    def room(self) -> int:
+        """How many processes with `threads` each this machine's cores have room for."""
+        return max(1, usable_cores() // (self.threads or usable_cores()))
 
     @property
     def base(self) -> Path:
@@ -83,7 +162,7 @@ class Config(BaseModel):
             "train": self.train.model_copy(update={"precision": pick_precision(self.train.precision, device)}),
             "split": self.split.model_copy(update={"labels": labels}),
             "partition": self.partition or PartitionConfig(name="iid" if causal else "dirichlet"),
-            "threads": self.threads or _usable_cores(),
+            "threads": self.threads or usable_cores(),
             "data": self.data.model_copy(update={k: self._absolute(getattr(self.data, k)) for k in _PATHS}),
             "model": self.model if self.model in BUILT_IN else self._absolute(self.model),
         }
@@ -93,7 +172,7 @@ class Config(BaseModel):
 
     def _absolute(self, value: Any) -> Any:
         path = self._base / value if isinstance(value, str) else None
-        return str(path.resolve()) if path is not None and path.exists() else value
+        return str(path.resolve()) if path is not None and os.path.exists(path) else value  # never an OSError
 
     def to_yaml(self) -> str:
         """YAML that `load_config` reads back to the same settings."""
@@ -103,49 +182,112 @@ class Config(BaseModel):
 _PATHS = ("train", "test", "public")
 
 
+def _named(model: str) -> str:
+    if not model.strip():
+        raise ValueError("no model is named; write a built-in one (nano), a local folder or a Hub id")
+    return model
+
+
+class SiteConfig(BaseModel):
+    """What a site says for itself; all else comes from the server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    data: DataConfig = Field(default_factory=DataConfig, description="its own file and columns")
+    model: str | None = Field(default=None, description="where the model lies here; null: as the server names it")
+    device: str = Field(default="auto", description="auto, cpu or cuda")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="torch threads; null: as many as the server uses"
+    )
+
+    _base: Path = PrivateAttr(default_factory=Path)
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_named(cls, value: str | None) -> str | None:
+        return value if value is None else _named(value)
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._base
+
+
+Loaded = TypeVar("Loaded", Config, SiteConfig)
+
+
 def load_config(path: Path | None = None, settings: Sequence[str] = ()) -> Config:
     """Read a YAML file, or the embedded default, and apply `key.sub=value` settings over it.
 
     Raises ConfigError, with file and line, for what is unknown (with the near name), mistyped or out of range.
     """
     base = Path.cwd() if path is None else path.parent.resolve()
-    path = path or Path(__file__).parent / "data" / "demo" / "config.yaml"
+    return _load(Config, path or DEMO, base, settings)
+
+
+def load_site_config(path: Path, settings: Sequence[str] = ()) -> SiteConfig:
+    """Read a site's YAML file. Raises ConfigError as `load_config` does."""
+    return _load(SiteConfig, path, path.parent.resolve(), settings)
+
+
+def _load(kind: type[Loaded], path: Path, base: Path, settings: Sequence[str]) -> Loaded:
     text = _read(path)
     try:
         tree = yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # tags whose values do not fit make PyYAML fail in many ways
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not a plain YAML file: {getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(f"{where}: not a plain YAML file: {_problem(error)}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
     given = [_set(tree, setting) for setting in settings]
     try:
-        config = Config.model_validate(tree)
+        config = kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path, text, given)) from error
+        raise ConfigError(_explain(kind, error, path, text, given)) from error
     config._base = base
     return config
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases, which could make a small file explode."""
+    """Safe YAML without aliases, which could make a small file explode, and without a key that occurs twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed in a configuration")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in seen:
+                problem = f"the key {key.value!r} occurs twice, first in line {seen[name]}; keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _problem(error: Exception) -> str:
+    """What a YAML error says, in one line."""
+    if isinstance(error, RecursionError):
+        return "lists or mappings stand within each other hundreds of times"
+    if not isinstance(error, yaml.YAMLError | ValueError):
+        return "a value does not fit its tag (!!name)"
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
 
 def _read(path: Path) -> str:
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: {error.strerror}{did_you_mean(path.name, near)}") from error
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        near = [p.name for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: {why}{did_you_mean(path.name, near)}") from error
     if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: {len(raw)} bytes; a configuration has at most {MAX_CONFIG_BYTES}")
+        raise ConfigError(f"{path}: a configuration has at most {MAX_CONFIG_BYTES} bytes")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -158,10 +300,15 @@ def _set(tree: dict[str, Any], setting: str) -> tuple[str, ...]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {setting!r}: write key=value, for example --set lora.r=16")
     path = tuple(key.strip().split("."))
+    if any("\ud800" <= letter <= "\udfff" for letter in setting):
+        raise ConfigError(
+            f"--set {key.strip()}: the value is not in this terminal's encoding ({sys.getfilesystemencoding()}); "
+            "set LC_ALL=C.UTF-8, or write the value into a configuration file in UTF-8"
+        )
     try:
         parsed = yaml.load(value, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--set {setting!r}: the value is not YAML") from error
+    except Exception as error:  # tags whose values do not fit make PyYAML fail in many ways
+        raise ConfigError(f"--set {setting!r:.120}: the value is not YAML: {_problem(error)}") from error
     node: Any = tree
     for part in path[:-1]:
         child = node.get(part)
@@ -173,27 +320,38 @@ def _set(tree: dict[str, Any], setting: str) -> tuple[str, ...]:
     return path
 
 
-def _explain(error: ValidationError, path: Path, text: str, given: Iterable[tuple[str, ...]]) -> str:
+def _explain(
+    kind: type[BaseModel], error: ValidationError, path: Path, text: str, given: Iterable[tuple[str, ...]]
+) -> str:
     """The first fault in one line: where, what, what would be right; and how many more there are."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     loc = tuple(str(part) for part in fault["loc"])
     name = ".".join(loc)
     if fault["type"] == "extra_forbidden":
-        known = _keys_beside(loc)
+        known = _keys_beside(kind, loc)
         what = f"{name} is no setting{did_you_mean(loc[-1], known)}" + (
             f" (known: {', '.join(known)})" if known else ""
         )
     else:
         shown = re.sub(r"^(Value error|Assertion failed), ", "", fault["msg"])
         what = f"{name or 'configuration'}: {shown}, got {fault['input']!r:.80}"
-    where = "--set" if any(loc[: len(p)] == p for p in given) else f"{path}:{_line_of(text, loc)}"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"{where}: {what}{more}"
+    return f"{_blamed(path, text, loc, given)}: {what}{more}"
 
 
-def _keys_beside(loc: tuple[str, ...]) -> list[str]:
-    kind: Any = Config
+def _blamed(path: Path, text: str, loc: tuple[str, ...], given: Iterable[tuple[str, ...]]) -> str:
+    """Where a faulty key or section was written: on the command line, in a line of the file, or in both."""
+    line, depth = _line_of(text, loc)
+    if any(loc[: len(p)] == p for p in given) or path == DEMO:
+        return "--set"
+    beneath = [".".join(p) for p in given if p[: len(loc)] == loc]
+    if beneath and depth < len(loc):
+        return "--set"
+    return f"{path}:{line}" + (f" with --set {beneath[-1]}" if beneath else "")
+
+
+def _keys_beside(kind: Any, loc: tuple[str, ...]) -> list[str]:
     for part in loc[:-1]:
         field = kind.model_fields.get(part)
         options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
@@ -203,20 +361,18 @@ def _keys_beside(loc: tuple[str, ...]) -> list[str]:
     return list(kind.model_fields)
 
 
-def _line_of(text: str, loc: tuple[str, ...]) -> int:
-    """The line (from 1) on which a key, or the nearest key above it, stands."""
+def _line_of(text: str, loc: tuple[str, ...]) -> tuple[int, int]:
+    """The line (from 1) on which a key, or the nearest key above it, stands; and how many parts of `loc` do."""
     node, line = yaml.compose(text, Loader=yaml.SafeLoader), 1
-    for part in loc:
-        if not isinstance(node, yaml.MappingNode):
-            break
-        pair = next(((k, v) for k, v in node.value if k.value == part), None)
+    for depth, part in enumerate(loc):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        pair = next(((k, v) for k, v in pairs if k.value == part), None)
         if pair is None:
-            break
+            return line, depth
         line, node = pair[0].start_mark.line + 1, pair[1]
-    return line
+    return line, len(loc)
 
 
-def _usable_cores() -> int:
-    import os
-
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

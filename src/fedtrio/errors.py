@@ -39,6 +39,18 @@ class MessageError(FedtrioError):
     exit_code = 5
 
 
+class WireError(FedtrioError):
+    """The other side can't be reached, or refuses."""
+
+    exit_code = 6
+
+
+class QuorumError(FedtrioError):
+    """Too few sites were left to end a round."""
+
+    exit_code = 7
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` where a known word is near, else an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,16 @@ class Scores:
     def perplexity(self) -> float:
         """e^loss."""
         return math.exp(min(self.loss, 700.0))
+
+    def facts(self) -> dict[str, float]:
+        """As a message says it: a loss that is no number is left out."""
+        loss = {"loss": self.loss} if math.isfinite(self.loss) else {}
+        return {"accuracy": self.accuracy, "counted": self.counted} | loss
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Scores:
+        """Back from `facts`."""
+        return cls(float(facts["accuracy"]), float(facts.get("loss", math.nan)), int(facts["counted"]))
 
 
 def evaluate(model: AdaptedModel, adapter: Adapter, test: Encoded, pad_id: int, batch_size: int = 64) -> Scores:

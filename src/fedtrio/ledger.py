@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -59,6 +60,16 @@ class Ledger:
             | {name: self.total(name, direction=direction, kind=kind) for name in ("messages", "bytes", "payload")}
             for direction, kind in pairs
         ]
+
+    def saved(self) -> list[dict[str, Any]]:
+        """All entries, for `restore`."""
+        return [asdict(entry) for entry in self]
+
+    def restore(self, saved: Iterable[Mapping[str, Any]]) -> None:
+        """Go on counting from entries that were `saved`."""
+        entries = (Entry(**entry) for entry in saved)
+        self._entries = {(e.round, e.site, e.direction, e.kind): e for e in entries}
+        self._kept = self.total("messages")
 
     def lines(self, **head: object) -> Iterator[str]:
         """One JSON line for each entry, led by `head` (which run it belongs to)."""

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,15 @@ class Effort:
     peak_bytes: int = 0
     held_bytes: int = 0  # weights and trainable state, now
     saved_bytes: int = 0  # kept for backward passes that are still to come, now
+
+    def spent(self) -> dict[str, int | float]:
+        """What a site says of itself, and keeps in its memory."""
+        return {"flops": int(self.flops), "seconds": self.seconds, "peak_bytes": int(self.peak_bytes)}
+
+    def restore(self, spent: Mapping[str, int | float]) -> None:
+        """Go on from what `spent` said, or from nothing."""
+        self.flops, self.seconds = int(spent.get("flops", 0)), float(spent.get("seconds", 0.0))
+        self.peak_bytes, self.held_bytes, self.saved_bytes = int(spent.get("peak_bytes", 0)), 0, 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,8 @@ class _Watch(TorchDispatchMode):
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
+        # indices depend on the texts and not on the shape alone; they are a few bytes a token
+        if tensor.is_floating_point() and storage.data_ptr() not in self._weights:
             self._saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -141,3 +151,12 @@ class _Watch(TorchDispatchMode):
 
     def cost(self) -> Cost:
         return Cost(self._flops, sum(self._saved.values()))
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most (peak resident set, libraries included)."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from .errors import MessageError
+from .checkpoint import Memory
+from .codecs import Crossing
+from .coding import Coding
+from .errors import MessageError, QuorumError
 from .ledger import Ledger
-from .message import Message, Reply, decode, encode
+from .message import Fact, Message, Reply, decode, encode
 from .meter import Meter
+
+ACCOUNT, CONCLUDE = "account", "conclude"  # asked of a site itself, not of its framework's program
 
 
 class Wire(Protocol):
@@ -22,11 +26,23 @@ class Wire(Protocol):
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites that can be reached, sorted."""
+        """Names of the sites that belong to the run, sorted."""
+        ...
+
+    def start_round(self, run: str, round: int, deadline: float | None) -> None:
+        """From here on frames are of this round of this run, which ends `deadline` seconds from now."""
         ...
 
     def exchange(self, frames: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
         """Deliver each frame and yield each answer."""
+        ...
+
+    def wait_for(self, number: int, timeout: float | None) -> list[str]:
+        """Sites that are there, once there are so many. Raises WireError after `timeout` seconds."""
+        ...
+
+    def refuse(self, site: str, reason: str) -> None:
+        """The site's last answer was not accepted; it is out until the next round starts."""
         ...
 
     def close(self) -> None:
@@ -35,29 +51,64 @@ class Wire(Protocol):
 
 
 class Site:
-    """A client: a name, its data, its memory, and `answer`, the only door through which anything comes or goes."""
+    """A client: a name, its data, its memory, and `answer`, the only door through which anything comes or goes.
 
-    def __init__(self, name: str, data: Any, framework: Any, lab: Any, meter: Meter | None = None) -> None:
+    `versions` keeps the memory of the last two rounds. `conclude(site)` gives the facts with which the site answers
+    when a run is over: the scores of the model that it keeps to itself, if any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: Any,
+        framework: Any,
+        lab: Any,
+        meter: Meter | None = None,
+        versions: Memory | None = None,
+        conclude: Callable[[Any], Mapping[str, Fact]] = lambda site: {},
+        coding: Coding | None = None,
+    ) -> None:
         self.name, self.data = name, data
         self.memory: dict[str, Any] = {}
         self.round = 0
         self.bytes_in = self.bytes_out = 0
-        self._framework, self._lab, self._meter = framework, lab, meter
+        self._framework, self._lab, self._meter = framework, lab, meter or Meter()
+        self._versions, self._conclude, self._coding = versions or Memory(), conclude, coding or Coding()
+        self._start: Message | None = None  # what the round began with
+        self._step = 0
+        self._known: int | None = None  # the last round that `memory` has seen; None: it is still to be looked up
+        self._settled = True  # whether that round was ended
         self._dialogue: Generator[Message, Reply, Message] | None = None
 
     def answer(self, frame: bytes) -> bytes:
         """Go on with the client's program until it has something to say."""
+        received = decode(frame)
+        if received.kind in (ACCOUNT, CONCLUDE):
+            return encode(Message(received.kind, {}, self._own_account(received)), received.round, True)
         self.bytes_in += len(frame)
-        with self._meter.at(self.name) if self._meter else nullcontext():
-            message, done = self._advance(decode(frame))
+        with self._meter.at(self.name):
+            message, done = self._advance(self._coding.read(received, "down", None))
+            at = Crossing(self._coding.seed, self.round, self.name, "up", self._step)
+            message = self._coding.write(message, at, self._start, self.memory)
+            self._step += 1
+        if done:
+            self._versions.commit(self.round, self.memory, {"effort": self._meter.effort(self.name).spent()})
+            self._settled = True
         reply = encode(message, self.round, done)
         self.bytes_out += len(reply)
         return reply
 
+    def reset(self) -> None:
+        """A round starts: forget the dialogue of one that this site did not end."""
+        self._dialogue = None
+
     def _advance(self, received: Reply) -> tuple[Message, bool]:
         message: Reply | None = received
         if self._dialogue is None:
-            self.round = received.round
+            self._remember(received.round)
+            self.round = self._known = received.round
+            self._settled = False
+            self._start, self._step = received, 0
             program = self._framework.client(self._lab, self, received)
             if isinstance(program, Message):
                 return program, True
@@ -70,32 +121,106 @@ class Site:
             self._dialogue = None
             return end.value, True
 
+    def _remember(self, round: int) -> None:
+        """Go back to what was known before this round, where it was begun before or by a process that is no more."""
+        if self._known is None or not self._settled or self._known >= round:
+            self.memory, facts = self._versions.before(round)
+            self._meter.effort(self.name).restore(facts.get("effort", {}))
+            self._known, self._settled = round - 1, True
+
+    def _own_account(self, received: Reply) -> Mapping[str, Fact]:
+        if received.kind == CONCLUDE:
+            self._remember(received.round + 1)
+            return self._conclude(self)
+        if self._known is None:
+            self._remember(received.round + 1)
+        return self._meter.effort(self.name).spent() | {"examples": len(self.data)}
+
+
+def ask(wire: Wire, kind: str, sites: Iterable[str], round: int) -> dict[str, Mapping[str, Fact]]:
+    """What sites say of themselves, `ACCOUNT` or `CONCLUDE`; no part of a framework, and so not in the ledger."""
+    frame = encode(Message(kind), round)
+    return {site: decode(answer).facts for site, answer in wire.exchange((site, frame) for site in sites)}
+
 
 def drive(
-    program: Generator[dict[str, Message], dict[str, Reply], None], wire: Wire, round: int, ledger: Ledger
-) -> None:
-    """Run the server's program of one round over a wire; each frame that crosses is entered in the ledger."""
+    program: Generator[dict[str, Message], dict[str, Reply], None],
+    wire: Wire,
+    round: int,
+    ledger: Ledger,
+    check: Callable[[str, Message, Reply], None] = lambda site, sent, reply: None,
+    refuse: Callable[[str, MessageError], None] | None = None,
+    min_sites: int = 1,
+    coding: Coding | None = None,
+    sites: int = 0,
+) -> list[str]:
+    """Run the server's program of one round over a wire; each frame that crosses is entered in the ledger.
+
+    Gives the sites that were asked and fell silent, sorted.
+
+    `check(site, sent, reply)` raises MessageError for an answer that the program must not see: that site is refused
+    and absent for the rest of the round, or without `refuse` the error is raised. Raises QuorumError as soon as fewer
+    than `min_sites` of the round's sites are left; `sites` is their number, where not all are asked at once.
+    """
+    coding = coding or Coding()
     inbox: dict[str, Reply] | None = None
+    starts: dict[str, Message] = {}  # what each site received first, as it decoded it
+    step = 0
+    lost: set[str] = set()
+    cohort: set[str] = set()
+    last_refusal: MessageError | None = None
     while True:
         try:
             outbox = next(program) if inbox is None else program.send(inbox)
         except StopIteration:
-            return
+            return sorted(lost)
         inbox = {}
-        for site, frame in wire.exchange(_frames(outbox, round, ledger)):
-            reply = decode(frame)
-            if reply.round != round:
-                raise MessageError(f"{site} answered for round {reply.round} in round {round}")
-            ledger.record(round, site, "up", reply.kind, frame, reply.payload_bytes)
-            inbox[site] = reply
+        sent = _Sent(coding, round, step, ledger)
+        step += 1
+        for site, frame in wire.exchange(sent.frames(outbox)):
+            try:
+                reply = decode(frame)
+                ledger.record(round, site, "up", reply.kind, frame, reply.payload_bytes)
+                if reply.round != round:
+                    raise MessageError(f"{site} answered for round {reply.round} in round {round}")
+                reply = coding.read(reply, "up", starts.setdefault(site, sent.as_read[site]))
+                check(site, sent.as_read[site], reply)
+                inbox[site] = reply
+            except MessageError as error:
+                if refuse is None:
+                    raise
+                wire.refuse(site, str(error))
+                refuse(site, error)
+                last_refusal = error
         inbox = {site: inbox[site] for site in outbox if site in inbox}  # not in order of arrival
+        cohort |= outbox.keys()
+        lost |= outbox.keys() - inbox.keys()
+        left, asked = max(sites, len(cohort)) - len(lost), max(sites, len(cohort))
+        if left < min(min_sites, asked):
+            program.close()
+            why = f"; {last_refusal}" if last_refusal else ""
+            raise QuorumError(f"round {round}: {left} of at least {min_sites} sites are left{why}")
 
 
-def _frames(outbox: dict[str, Message], round: int, ledger: Ledger) -> Iterator[tuple[str, bytes]]:
-    """Encode as late as possible, and a broadcast once."""
-    last: tuple[Message, bytes] | None = None
-    for site, message in outbox.items():
-        if last is None or last[0] is not message:
-            last = (message, encode(message, round))
-        ledger.record(round, site, "down", message.kind, last[1], message.payload_bytes)
-        yield site, last[1]
+class _Sent:
+    """One outbox on its way: encoded as late as possible, and a broadcast once."""
+
+    def __init__(self, coding: Coding, round: int, step: int, ledger: Ledger) -> None:
+        self._coding, self._round, self._step, self._ledger = coding, round, step, ledger
+        self.as_read: dict[str, Message] = {}  # each message as its site reads it
+
+    def frames(self, outbox: dict[str, Message]) -> Iterator[tuple[str, bytes]]:
+        """Site and frame, each entered in the ledger."""
+        last: Message | None = None
+        as_sent = as_read = Message("")
+        frame = b""
+        for site, message in outbox.items():
+            if last is not message:
+                at = Crossing(self._coding.seed, self._round, "", "down", self._step)
+                as_sent = self._coding.write(message, at, None, {})
+                frame = encode(as_sent, self._round)
+                as_read = message if as_sent is message else self._coding.read(as_sent, "down", None)
+                last = message
+            self.as_read[site] = as_read
+            self._ledger.record(self._round, site, "down", message.kind, frame, as_sent.payload_bytes)
+            yield site, frame

@@ -6,6 +6,7 @@ Nothing here depends on a run's seed: every seed of a sweep sees the same test a
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,10 @@ class DataConfig(BaseModel):
     prompt: str = Field(default="prompt", description="causal-lm: column with what is given.")
     completion: str = Field(default="completion", description="causal-lm: column with what is to be predicted.")
     messages: str = Field(default="messages", description="causal-lm: column with chats, lists of {role, content}.")
+    labels: list[str] | None = Field(
+        default=None,
+        description="Class names in their order; needed where no training data tell them, as at a server.",
+    )
     site: str | None = Field(
         default=None, description="Column that says to which site an example belongs; `site` in the demo."
     )
@@ -72,6 +77,13 @@ class DataConfig(BaseModel):
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"a fraction must lie between 0 and 1, for instance 0.2; got {value:g}")
         return value
+
+    @field_validator("labels")
+    @classmethod
+    def _no_repeats(cls, values: list[str] | None) -> list[str] | None:
+        if twice := [name for name, count in Counter(values or ()).items() if count > 1]:
+            raise ValueError(f"{twice[0]!r} occurs twice")
+        return values
 
     @model_validator(mode="after")
     def _something_left_to_train(self) -> DataConfig:
@@ -135,7 +147,7 @@ def load_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
     warnings: list[str] = []
     table = _read(config, "train", base)
     train, names = _rows(table, config, task, "train", warnings)
-    labels = _sorted_labels(names)
+    labels = tuple(config.labels) if config.labels else _sorted_labels(names)
     if task == "classification" and len(labels) < 2:
         raise DataError(f"{table.where}: only one class ({', '.join(labels)}); classification needs two or more")
     train = replace(train, labels=_indices(names, labels, table.where) if names else None)
@@ -161,6 +173,46 @@ def load_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
     public = _subset(public, config.max_public)
     warnings += _overlaps(train, test, public)
     return Corpus(train, test, public, labels, tuple(warnings))
+
+
+def load_server_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
+    """What a server holds: class names, test set and public set; no training data, unless it has some for the names.
+
+    Raises `DataError` where a set is missing or cannot be used.
+    """
+    if config.train is not None or config.is_default("test"):
+        corpus = load_corpus(config, task, base)
+        return replace(corpus, train=corpus.train.take([]))
+    config = _resolved(config.model_copy(update={"train": ""}), task)
+    if not isinstance(config.test, str) or not isinstance(config.public, str):
+        raise DataError("a server without data.train needs files in data.test and data.public: it has no other texts")
+    warnings: list[str] = []
+    test, names = _rows(_read(config, "test", base), config, task, "test", warnings)
+    labels = tuple(config.labels or _sorted_labels(names))
+    test = replace(test, labels=_indices(names, labels, str(config.test)) if names else None)
+    public, _ = _rows(_read(config, "public", base), config, task, "public", warnings)
+    public = _subset(replace(public, labels=None, sites=None), config.max_public)
+    empty, test = test.take([]), _subset(test, config.max_test)
+    warnings += _overlaps(empty, test, public)
+    return Corpus(empty, test, public, labels, tuple(warnings))
+
+
+def load_site_corpus(config: DataConfig, task: Task, base: Path, labels: tuple[str, ...], public: Rows) -> Corpus:
+    """What a site holds: its own training data, a test set if it names a file, and what the server has sent.
+
+    Raises `DataError` where they cannot be used, among it a class that the server does not know.
+    """
+    config = _resolved(config, task)
+    warnings: list[str] = []
+    table = _read(config, "train", base)
+    train, names = _rows(table, config.model_copy(update={"site": None}), task, "train", warnings)
+    train = replace(train, labels=_indices(names, labels, table.where) if names else None)
+    test = train.take([])
+    if isinstance(config.test, str):
+        table = _read(config, "test", base)
+        test, names = _rows(table, config, task, "test", warnings)
+        test = replace(test, labels=_indices(names, labels, table.where) if names else None)
+    return Corpus(_subset(train, config.max_train), test, public, labels, tuple(warnings))
 
 
 def _resolved(config: DataConfig, task: Task) -> DataConfig:
@@ -234,8 +286,10 @@ def _strings(table: Table, name: str) -> list[str]:
 
 
 def _plain(table: Table, name: str) -> list[Any]:
-    """A column without lists or objects."""
+    """A column without lists, objects or bytes."""
     values = table.column(name)
+    if odd := [i for i, value in enumerate(values, start=1) if isinstance(value, bytes)]:
+        raise DataError(f"{table.where}: bytes instead of text in column {name!r} {_at(odd)}; write them as strings")
     if odd := [i for i, value in enumerate(values, start=1) if isinstance(value, (list, dict))]:
         raise DataError(f"{table.where}: a list or an object in column {name!r} {_at(odd)}")
     return values
@@ -249,7 +303,7 @@ def _last_turn(table: Table, row: int, chat: Any) -> tuple[str, str]:
     except (TypeError, KeyError):
         turns = [(None, None)]
     if not all(isinstance(part, str) for turn in turns for part in turn):
-        shown = f"{str(chat)[:60]!r}"
+        shown = f"{reprlib.repr(chat)[:60]}"  # str may be too deep
         raise DataError(f"{table.where}: row {row}: a chat is a list of {{role, content}} in text, got {shown}")
     answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
     if not answers:
@@ -282,7 +336,7 @@ def _at(rows: list[int]) -> str:
 def _sorted_labels(names: Iterable[str]) -> tuple[str, ...]:
     """Distinct names: numerically where all are integers, else alphabetically."""
     distinct = set(names)
-    if all(re.fullmatch(r"[+-]?\d+", name) for name in distinct):
+    if all(re.fullmatch(r"[+-]?\d{1,1000}", name) for name in distinct):  # Python reads no longer ones
         return tuple(sorted(distinct, key=lambda name: (int(name), name)))
     return tuple(sorted(distinct))
 

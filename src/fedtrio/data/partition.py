@@ -41,16 +41,20 @@ class PartitionConfig(BaseModel):
         "quantity: unequal sizes; column: the natural sites in `data.site`; length: skewed text lengths.",
     )
     alpha: float = Field(
-        default=0.5, gt=0, description="dirichlet, length: concentration; 0.1 is very skewed, 100 nearly IID."
+        default=0.5, gt=0, le=1e6, description="dirichlet, length: concentration; 0.1 is very skewed, 100 nearly IID."
     )
     variant: Literal["plain", "balanced"] = Field(
         default="plain",
         description="dirichlet, length: balanced gives nothing more to a site that has its N/K examples.",
     )
-    beta: float = Field(default=0.5, gt=0, description="quantity: concentration of the sizes; small is very unequal.")
-    shards_per_client: int = Field(default=2, ge=1, description="shards: label-sorted pieces that each site gets.")
-    bins: int = Field(default=10, ge=2, description="length: quantile bins of text length.")
-    min_examples: int = Field(default=1, ge=1, description="The least number of examples of a site.")
+    beta: float = Field(
+        default=0.5, gt=0, le=1e6, description="quantity: concentration of the sizes; small is very unequal."
+    )
+    shards_per_client: int = Field(
+        default=2, ge=1, le=1_000_000, description="shards: label-sorted pieces that each site gets."
+    )
+    bins: int = Field(default=10, ge=2, le=10_000, description="length: quantile bins of text length.")
+    min_examples: int = Field(default=1, ge=1, le=10**9, description="The least number of examples of a site.")
 
     @model_validator(mode="after")
     def _only_its_own_parameters(self) -> PartitionConfig:
@@ -147,7 +151,12 @@ def shards(
     """Sort by label, cut into K·s shards, deal s to every client (McMahan, arXiv:1602.05629)."""
     n_shards = clients * shards_per_client
     if n_shards > len(keys):
-        raise DataError(f"partition shards: {n_shards} shards need as many examples; there are {len(keys)}")
+        fewer = [f"at most {len(keys) // shards_per_client} clients"] if len(keys) >= shards_per_client else []
+        fewer += [f"shards_per_client at most {len(keys) // clients}"] if len(keys) >= clients else []
+        raise DataError(
+            f"partition shards: {n_shards} shards need as many examples; there are {len(keys)}; "
+            f"feasible: {' or '.join(fewer)}"
+        )
     shuffled = rng.permutation(len(keys))  # so that which examples of a class share a shard is random too
     pieces = np.array_split(shuffled[np.argsort(keys[shuffled], kind="stable")], n_shards)
     deal = rng.permutation(n_shards).reshape(clients, shards_per_client)
@@ -211,7 +220,10 @@ def _natural_sites(rows: Rows, min_examples: int) -> list[Share]:
         raise DataError("partition column: the data names no sites; set data.site to the column that does")
     parts = column(rows.sites)
     if small := [f"{name!r} ({len(part)})" for name, part in parts.items() if len(part) < min_examples]:
-        raise DataError(f"partition column: sites with fewer than {min_examples} examples: {', '.join(small[:5])}")
+        raise DataError(
+            f"partition column: sites with fewer than {min_examples} examples: {', '.join(small[:5])}"
+            f"{', …' if len(small) > 5 else ''}; feasible: min_examples at most {min(map(len, parts.values()))}"
+        )
     return [Share(name, part) for name, part in parts.items()]
 
 
@@ -238,7 +250,10 @@ def _check_feasible(n: int, clients: int, min_examples: int) -> None:
 def _check_smallest(parts: Sequence[np.ndarray], min_examples: int, name: str) -> None:
     smallest = min(map(len, parts))
     if smallest < min_examples:
-        raise DataError(f"partition {name}: the smallest site has {smallest} examples, min_examples is {min_examples}")
+        raise DataError(
+            f"partition {name}: the smallest site has {smallest} examples, min_examples is {min_examples}; "
+            f"feasible: min_examples at most {smallest}"
+        )
 
 
 def _draw_until(draw: Callable[[], list[np.ndarray]], min_examples: int, what: str, remedy: str) -> list[np.ndarray]:
@@ -250,7 +265,8 @@ def _draw_until(draw: Callable[[], list[np.ndarray]], min_examples: int, what: s
             return _sorted(parts)
     raise DataError(
         f"partition {what}: none of {MAX_DRAWS:,} draws gave all {clients} clients {min_examples} examples "
-        f"(the best gave {best}); use {remedy}, fewer clients, or a smaller min_examples"
+        f"(the best gave {best}); use {remedy}, fewer clients"
+        + (f", or min_examples at most {best}" if best else " or another partition")
     )
 
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import stat
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from fedtrio.hub import hub_or_cache
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
+MAX_HUB_ID = 200  # the Hub's own limit is 96 letters for the name alone
 MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit of 128 KiB is less than a long document
 
 Columns = dict[str, list[Any]]
@@ -48,8 +52,8 @@ class Table:
 
 def is_file(source: str, base: Path) -> bool:
     """Whether `source` means a local file: it exists, or is spelled like one (a known suffix, a path)."""
-    spelled = Path(source).suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(source)
-    return spelled or (base / source).exists()
+    spelled = Path(source).suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(source) or len(source) > MAX_HUB_ID
+    return spelled or os.path.exists(base / source)  # which, unlike Path.exists, raises nothing
 
 
 def read_file(path: Path) -> Table:
@@ -102,20 +106,34 @@ def read_hub(source: str, split: str) -> Table:
 
 
 def _check_exists(path: Path) -> None:
-    if path.is_dir():
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(path.parent):
+            raise DataError(f"{path}: no such file; the folder {path.parent} does not exist either") from None
+        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir() if p.exists()))
+        raise DataError(f"{path}: no such file{near}") from None
+    except UnicodeEncodeError:
+        said = (
+            f"this terminal's encoding, {sys.getfilesystemencoding()}, lacks a letter of the name; set LC_ALL=C.UTF-8"
+        )
+        raise DataError(f"{path}: {said}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise DataError(f"{path}: cannot be read: {_reason(error)}") from None
+    if stat.S_ISDIR(found.st_mode):
         raise DataError(f"{path}: is a folder; name a file in it ({', '.join(SUFFIXES)})")
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: no such file; the folder {path.parent} does not exist either")
-    if not path.exists():
-        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir()))
-        raise DataError(f"{path}: no such file{near}")
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path}: is a pipe or a device; name a file")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; known: {', '.join(SUFFIXES)}")
 
 
 def _decoded(path: Path) -> str:
     """The text of a UTF-8 file, with or without a byte order mark."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {_reason(error)}") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -159,17 +177,43 @@ def _read_json(path: Path, text: str) -> Columns:
     """One list of objects, or one object in each line. A key that an object lacks is None there."""
     rows: list[Any] = []
     for before, piece in enumerate([text] if text.lstrip().startswith("[") else text.split("\n")):
-        try:
-            value = json.loads(piece) if piece.strip() else []
-        except json.JSONDecodeError as error:
-            where = f"line {before + error.lineno}, column {error.colno}"
-            raise DataError(f"{path}: {where} is not JSON: {error.msg}") from None
+        value = _json_value(path, before, piece) if piece.strip() else []
         rows += value if isinstance(value, list) else [value]
+    halves = re.search(r"\\u[dD][89a-fA-F]", text)  # halves of a character are text to JSON, and to nobody else
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number} is of type {type(row).__name__}, not an object {{...}}")
+        if halves and (half := re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False))):
+            raise DataError(f"{path}: row {number} holds half a character, \\u{ord(half[0]):04x}; write all of it")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _json_value(path: Path, before: int, piece: str) -> Any:
+    """One JSON value that starts after `before` lines; a `DataError` names the line that breaks it."""
+    try:
+        return json.loads(piece)
+    except json.JSONDecodeError as error:
+        line, what = before + error.lineno, f"column {error.colno} is not JSON: {error.msg}"
+    except ValueError:  # Python's guard against numbers that take forever to read
+        limit = sys.get_int_max_str_digits()
+        digits = re.search(rf"\d{{{limit + 1},}}", piece)
+        line = before + 1 + piece.count("\n", 0, digits.start() if digits else 0)
+        what = f"a number has more than {limit} digits; write it as text, in double quotes"
+    except RecursionError:
+        line = before + 1 + piece.count("\n", 0, _deepest(piece))
+        what = "lists or objects stand within each other hundreds of times; a row is one flat object {...}"
+    raise DataError(f"{path}: line {line}, {what}" if "column" in what else f"{path}: line {line}: {what}")
+
+
+def _deepest(text: str) -> int:
+    """Where brackets first stand 500 deep; strings with brackets in them may make it a little early."""
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if bracket[0] in "[{" else -1
+        if depth == 500:
+            return bracket.start()
+    return 0
 
 
 def _read_parquet(path: Path) -> Columns:
@@ -178,8 +222,12 @@ def _read_parquet(path: Path) -> Columns:
 
     try:
         return pyarrow.parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from ..message import Message, Reply
@@ -15,6 +15,7 @@ class Centralized(FedLLM):
     """Plain training on the pooled data: the run gives it one site that holds everything."""
 
     federated: ClassVar[bool] = False
+    pooled: ClassVar[bool] = True
 
 
 class Local(Framework):
@@ -39,6 +40,6 @@ class Local(Framework):
         """There is no common model."""
         return None
 
-    def own_adapters(self, lab: Lab, sites: Iterable[Site]) -> dict[str, Adapter]:
-        """Each site's own; one that never took part still has the common start."""
-        return {site.name: site.memory.get("adapter", lab.model.initial) for site in sites}
+    def own_adapter(self, lab: Lab, site: Site) -> Adapter:
+        """The site's own; one that never took part still has the common start."""
+        return site.memory.get("adapter", lab.model.initial)

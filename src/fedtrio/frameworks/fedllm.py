@@ -31,6 +31,12 @@ class FedLLM(Framework):
         adapter = lab.fit(first.tensors, site)
         return Message("adapter", adapter, {"weight": site.data.weight})
 
+    def check(self, lab: Lab, site: str, sent: Message, reply: Reply) -> None:
+        """An adapter like the one that was sent, and its weight."""
+        lab.guards.kind(site, reply, "adapter")
+        lab.guards.like(site, reply.tensors, sent.tensors)
+        lab.guards.weight(site, reply)
+
     def adapter(self, lab: Lab, state: State) -> Adapter:
         """The averaged adapter."""
         return state["adapter"]

@@ -7,12 +7,13 @@ student from the aggregate and sends the aggregate back; each site distils its o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from ..aggregation.logits import aggregate
+from ..errors import MessageError
 from ..message import Message, Reply
 from ..models.train import Adapter
 from .lab import ClientDialogue, Framework, Lab, ServerProgram, Site, State, weights_of
@@ -76,10 +77,25 @@ class KD(Framework):
             )
         return Message("done")
 
+    def check(self, lab: Lab, site: str, sent: Message, reply: Reply) -> None:
+        """A row of logits for each row of the public set, then nothing more."""
+        if sent.kind != "start" or not len(lab.public):
+            lab.guards.kind(site, reply, "done")
+            return lab.guards.names(site, reply)
+        lab.guards.kind(site, reply, "logits")
+        lab.guards.names(site, reply, "logits")
+        if reply.done:
+            raise MessageError(f"{site} sent 'logits'; expected that they are not its last word")
+        logits = reply.tensor("logits")
+        lab.check_public(logits, site)
+        lab.guards.form(site, "logits", logits, logits.shape, lab.model.dtype)
+        lab.guards.values(site, "logits", logits)
+        lab.guards.weight(site, reply)
+
     def adapter(self, lab: Lab, state: State) -> Adapter:
         """The server's student."""
         return state["student"]
 
-    def own_adapters(self, lab: Lab, sites: Iterable[Site]) -> dict[str, Adapter]:
-        """Each site's own; one that never took part still has the common start."""
-        return {site.name: site.memory.get("adapter", lab.model.initial) for site in sites}
+    def own_adapter(self, lab: Lab, site: Site) -> Adapter:
+        """The site's own; one that never took part still has the common start."""
+        return site.memory.get("adapter", lab.model.initial)

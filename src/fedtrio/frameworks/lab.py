@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -18,6 +18,7 @@ from ..message import Message, Reply
 from ..models.adapter import AdaptedModel
 from ..models.cut import WHOLE, Span
 from ..models.train import Adapter, Learner, TrainConfig, distillation_loss, task_loss
+from .guards import Guards
 
 State = dict[str, Adapter]
 Outbox = dict[str, Message]
@@ -42,6 +43,7 @@ class Framework(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     federated: ClassVar[bool] = True  # False for the yardsticks, in which nothing would cross a wire
+    pooled: ClassVar[bool] = False  # True where all data lie in one place
 
     def setup(self, lab: Lab) -> State:
         """The server's state before the first round, as named groups of named tensors."""
@@ -55,13 +57,16 @@ class Framework(BaseModel):
         """One round at a site: an answer, or a generator that holds a dialogue and returns its last answer."""
         raise NotImplementedError
 
+    def check(self, lab: Lab, site: str, sent: Message, reply: Reply) -> None:
+        """Raises MessageError for an answer to `sent` that the server's program must not see."""
+
     def adapter(self, lab: Lab, state: State) -> Adapter | None:
         """What is evaluated, saved and shipped; None where each site keeps its own."""
         raise NotImplementedError
 
-    def own_adapters(self, lab: Lab, sites: Iterable[Site]) -> dict[str, Adapter]:
-        """The models that sites keep to themselves, by site; empty where all hold the common one."""
-        return {}
+    def own_adapter(self, lab: Lab, site: Site) -> Adapter | None:
+        """The model that a site keeps to itself; None where all hold the common one."""
+        return None
 
     def cuts(self, depth: int) -> tuple[int, ...]:
         """Blocks before which the model is cut."""
@@ -80,12 +85,14 @@ class Lab:
     pad_id: int
     abreast: int | None = None  # sites that may hold a dialogue at once, a matter of memory alone; None: all
     round: int = 0
+    guards: Guards = field(default_factory=Guards)
     hold: Callable[[int], None] = field(default=lambda nbytes: None)  # tells the meter what a site holds
 
     # Training ----------------------------------------------------------------------------------------------------
 
     def learner(self, tensors: Adapter, *spans: Span, learning_rate: float | None = None) -> Learner:
         """Tensors about to be trained by a side that holds those spans of the model (default: all of it)."""
+        tensors = {name: self.to_device(tensor) for name, tensor in tensors.items()}
         learner = Learner(tensors, self.train, learning_rate)
         self.hold(self.model.held_bytes(*(spans or (WHOLE,))) + learner.nbytes)
         return learner

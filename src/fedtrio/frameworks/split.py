@@ -93,6 +93,50 @@ class Split(Framework):
             learner.step(lab.progress(site.round, step, site.data.steps), answer.tensors.get(NORMS))
         return Message("adapter", learner.values() | norms, {"weight": site.data.weight})
 
+    def check(self, lab: Lab, site: str, sent: Message, reply: Reply) -> None:
+        """Activations that fit their lengths, gradients that fit what was sent, or the site's half of the adapter."""
+        guards, names = lab.guards, reply.tensors.keys() - {NORMS}
+        norms: tuple[str, ...] = ()
+        if NORMS in reply.tensors:
+            guards.form(site, NORMS, reply.tensor(NORMS), (None,), torch.float64)
+            if float(reply.tensor(NORMS).min()) < 0:
+                raise MessageError(f"{site} sent {NORMS} below 0")
+        if lab.train.max_grad_norm is not None and sent.kind in ("activation gradients", "step taken"):
+            norms = (NORMS,)  # of the step before
+        if reply.done:
+            guards.kind(site, reply, "adapter")
+            wanted = lab.model.part(lab.model.initial, *self._site_spans(lab))
+            guards.names(site, reply, *wanted, *norms)
+            guards.like(site, {name: reply.tensor(name) for name in names}, wanted)
+            return guards.weight(site, reply)
+        guards.count(site, reply, "step", "steps")
+        if int(reply.fact("step")) >= int(reply.fact("steps")):
+            raise MessageError(f"{site} sent step {reply.fact('step')} of {reply.fact('steps')}")
+        if sent.kind == "activations":
+            guards.kind(site, reply, "activation gradients")
+            guards.names(site, reply, "dh")
+            guards.form(site, "dh", reply.tensor("dh"), sent.tensor("h").shape, lab.model.dtype)
+            return guards.values(site, "dh", reply.tensor("dh"))
+        with_labels = self.labels == "server"
+        guards.kind(site, reply, "activations and labels" if with_labels else "activations")
+        guards.names(site, reply, "h", *(["labels"] if with_labels else []), *norms)
+        lengths_B = _lengths(site, reply)
+        if len(lengths_B) > lab.train.batch_size or int(lengths_B.max()) > lab.train.max_length:
+            raise MessageError(
+                f"{site} sent a batch of {len(lengths_B)} texts of up to {int(lengths_B.max())} tokens; train allows "
+                f"{lab.train.batch_size} of {lab.train.max_length}"
+            )
+        guards.form(site, "h", reply.tensor("h"), (int(lengths_B.sum()), lab.model.width), lab.model.dtype)
+        guards.values(site, "h", reply.tensor("h"))
+        if with_labels:
+            rows = len(lengths_B) if lab.model.task == "classification" else int(lengths_B.sum())
+            guards.form(site, "labels", reply.tensor("labels"), (rows,), torch.int32)
+            labels = reply.tensor("labels")
+            if lab.model.task == "causal-lm":
+                labels = labels[labels != -100]  # no targets
+            if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= lab.model.classes):
+                raise MessageError(f"{site} sent labels outside of 0 to {lab.model.classes - 1}")
+
     def adapter(self, lab: Lab, state: State) -> Adapter:
         """Both halves joined."""
         return {**state["site"], **state["server"]}
@@ -117,9 +161,10 @@ class Split(Framework):
         """
         two_messages = self.labels == "client" or any(half.clips for half in halves.values())
         if self.variant != "sflv2" or not two_messages:
-            inbox = yield {site: halves[site].answer(site, reply) for site, reply in inbox.items()}
-            for site, reply in inbox.items():
-                halves[site].settle(reply)
+            outbox = {site: halves[site].answer(site, reply) for site, reply in inbox.items()}
+            inbox = yield outbox
+            for site in outbox:
+                halves[site].settle(inbox.get(site))
             return inbox
         after: Inbox = {}
         for site, reply in inbox.items():
@@ -144,14 +189,14 @@ class ServerHalf:
         self._gradient_wanted = bool(lab.model.part(lab.model.initial, (-1, split.cut)))
         self._open: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}  # the U-shape's forward passes
         self._pending: float | None = None  # progress of a step that waits for the site's norms
-        self.learner = Learner(tensors, lab.train)
+        self.learner = Learner({name: lab.to_device(t) for name, t in tensors.items()}, lab.train)
         self.clips = lab.train.max_grad_norm is not None
 
     def answer(self, site: str, reply: Reply) -> Message:
         """Go on with a site's batch: forward, backward or both, whatever its message allows."""
         if reply.kind == "activation gradients":
             return self._backward(site, reply)
-        lengths_B, step = _lengths(reply), int(reply.fact("step"))
+        lengths_B, step = _lengths(site, reply), int(reply.fact("step"))
         h_ND = self._lab.to_device(reply.tensor("h")).requires_grad_(self._gradient_wanted)
         if len(h_ND) != int(lengths_B.sum()):
             raise MessageError(f"{site} sent {len(h_ND)} activations for lengths that sum to {int(lengths_B.sum())}")
@@ -197,13 +242,15 @@ class ServerHalf:
         self._pending = None
 
 
-def _lengths(reply: Reply) -> Tensor:
+def _lengths(site: str, reply: Reply) -> Tensor:
     try:
         lengths = [int(word) for word in str(reply.fact("lengths")).split()]
     except ValueError:
         lengths = []
-    if not lengths or min(lengths) < 1:
-        raise MessageError(f"lengths of a batch must be whole numbers above 0, not {reply.fact('lengths')!r}")
+    if not lengths or min(lengths) < 1 or max(lengths) > 2**31:
+        raise MessageError(
+            f"{site} sent lengths of a batch that are no whole numbers above 0: {reply.fact('lengths')!r:.80}"
+        )
     return torch.tensor(lengths)
 
 

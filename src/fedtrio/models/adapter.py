@@ -6,6 +6,7 @@ An adapter is a mapping from parameter names to tensors: the LoRA tensors, the c
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +32,7 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    r: int = Field(default=8, ge=1, description="rank")
+    r: int = Field(default=8, ge=1, le=10_000, description="rank")
     lora_alpha: float = Field(default=16, gt=0, description="scale is lora_alpha / r")
     target_modules: str | list[str] = Field(default="all-linear", description="module names, or all-linear")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input of A")
@@ -42,10 +43,12 @@ class LoraConfig(BaseModel):
 def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
     """The base with LoRA from PEFT in it; A is drawn from torch's global generator, B is zero.
 
-    Raises ModelError where `target_modules` match nothing, with the names that would match.
+    Raises ModelError where `target_modules` or `modules_to_save` match nothing, with the names that would match.
     """
     import peft
 
+    _check_targets(base, lora.target_modules)
+    _check_saved(base, lora.modules_to_save or [])
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
         r=lora.r,
@@ -62,13 +65,43 @@ def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT still asks for it
             return peft.get_peft_model(base, config)  # type: ignore[arg-type]
     except ValueError as error:
-        kinds = (nn.Linear, nn.Embedding)
-        linear = {
-            n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, kinds) or "Conv1D" in type(m).__name__
-        }
-        raise ModelError(
-            f"lora.target_modules {lora.target_modules!r} match nothing; there are {sorted(linear)}"
-        ) from error
+        raise _no_target(base, lora.target_modules) from error
+
+
+def _check_targets(base: nn.Module, targets: str | list[str]) -> None:
+    """Each name of a list must be there: PEFT only asks that one of them is. A text is a regular expression to it."""
+    names = [name for name, _ in base.named_modules()]
+    if isinstance(targets, list):
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise _no_target(base, [target])
+    elif targets != "all-linear":
+        try:
+            if not any(re.fullmatch(targets, name) for name in names):
+                raise _no_target(base, targets)
+        except re.error as error:
+            raise ModelError(f"lora.target_modules {targets!r} is no regular expression: {error}") from None
+
+
+def _no_target(base: nn.Module, targets: str | list[str]) -> ModelError:
+    kinds = (nn.Linear, nn.Embedding)
+    linear = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, kinds) or "Conv1D" in type(m).__name__}
+    hint = "" if isinstance(targets, list) else "; write names as a list, a text must match whole paths"
+    known = sorted(linear - {"default", "base_layer"})  # which PEFT has put in already
+    return ModelError(f"lora.target_modules {targets!r} match nothing; there are {known}{hint}")
+
+
+def _check_saved(base: nn.Module, names: list[str]) -> None:
+    """Modules that can be trained whole have parameters, and are neither a block nor around the blocks."""
+    modules = {n: m for n, m in base.named_modules() if n and next(m.parameters(), None) is not None}
+    lists = {n for n, m in modules.items() if any(isinstance(inner, nn.ModuleList) for inner in m.modules())}
+    whole = {n for n in modules.keys() - lists if not n.rpartition(".")[2].isdigit()}
+    for name in names:
+        found = {n for n in modules if n == name or n.endswith(f".{name}")}
+        if not name or not found or found - whole:
+            leaves = sorted({n.rpartition(".")[2] for n in whole if not next(modules[n].children(), None)})
+            why = "is a block or holds blocks" if found else "matches nothing"
+            raise ModelError(f"lora.modules_to_save {name!r} {why}; there are {leaves}")
 
 
 def _cast_once(module: nn.Module) -> None:
@@ -91,13 +124,20 @@ class AdaptedModel:
     """Runs the base with any adapter, whole or over a span of its blocks; many autograd graphs may be open at once.
 
     Attributes: `initial`, the adapter all start from; `depth`, the number of blocks; `classes`, the width of its
-    logits; `observe`, a hook around each forward and backward pass, by which a meter counts.
+    logits; `width`, that of its hidden states; `observe`, a hook around each forward and backward pass, by which a
+    meter counts.
     """
 
     def __init__(
-        self, peft_model: Any, task: Task, precision: str = "fp32", device: torch.device | None = None
+        self,
+        peft_model: Any,
+        task: Task,
+        precision: str = "fp32",
+        device: torch.device | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> None:
         self.peft, self.task, self.precision = peft_model, task, precision
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.device = device or torch.device("cpu")
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
         peft_model.to(self.device, self.dtype)
@@ -114,6 +154,7 @@ class AdaptedModel:
         self._gates = Gates(blocks)
         self.depth = self._gates.depth
         config: Any = self.module.config
+        self.width = int(config.hidden_size)
         self._real_id = 0 if config.pad_token_id != 0 else 1  # any token that is no padding
         self._pad_id = config.pad_token_id
         self._positions = positions_of(self.module, self._gates, self._probe)
@@ -136,16 +177,18 @@ class AdaptedModel:
         on. What leaves and enters a span is fp32 (fp64 at that precision), whatever autocast does inside.
         """
         lengths_B = lengths_B.to(self.device)
-        ids_BT = self._placeholder_ids(lengths_B) if ids_BT is None else ids_BT.to(self.device)
+        longest = int(lengths_B.max())
+        ids_BT = self._widened(self._placeholder_ids(lengths_B) if ids_BT is None else ids_BT.to(self.device))
         start, stop = span
         h_BTD = None
         if h_ND is not None:
-            h_BTD = unpack(h_ND.to(self.device, self._dtype_at.get(start, self.dtype)), lengths_B)
+            h_ND = h_ND.to(self.device, self._dtype_at.get(start, self.dtype))
+            h_BTD = unpack(h_ND, lengths_B, ids_BT.shape[1])
         mask_BT = torch.arange(ids_BT.shape[1], device=self.device) < lengths_B[:, None]
         training = dropout_seed is not None and self.has_dropout
         if self.module.training != training:
             self.module.train(training)
-        key = ("forward", span, tuple(ids_BT.shape), torch.is_grad_enabled())
+        key = ("forward", span, (len(lengths_B), longest), torch.is_grad_enabled())  # as `backward` names the batch
         with (
             self.observe(key, lambda: self._addresses(adapter)),
             self._gates.open(span, h_BTD, dropout_seed if training else None),
@@ -156,7 +199,8 @@ class AdaptedModel:
                 assert stop is not None
                 self._dtype_at[stop] = reached.h_BTD.dtype
                 return pack(reached.h_BTD, lengths_B).to(self.dtype)
-        return output.logits.to(self.dtype)
+        logits = output.logits if self.task == "classification" else output.logits[:, :longest]
+        return logits.to(self.dtype)
 
     def backward(
         self, output: Tensor, shape: tuple[int, int], gradient: Tensor | None = None, span: Span = WHOLE
@@ -174,6 +218,13 @@ class AdaptedModel:
         """Ids for a half that never sees the text: they tell padding from tokens, and nothing else."""
         mask_BT = torch.arange(int(lengths_B.max()), device=self.device) < lengths_B[:, None]
         return torch.where(mask_BT, self._real_id, self._pad_id)
+
+    def _widened(self, ids_BT: Tensor) -> Tensor:
+        """More padding, up to the next multiple: few shapes of batch, for which libraries keep less memory."""
+        width, config = ids_BT.shape[1], self.module.config
+        missing = -width % self.pad_to_multiple_of
+        missing = min(missing, getattr(config, "max_position_embeddings", width + missing) - width)
+        return torch.nn.functional.pad(ids_BT, (0, missing), value=self._pad_id) if missing > 0 else ids_BT
 
     def _probe(self) -> None:
         with torch.no_grad(), self._gates.open(WHOLE, None, None):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
+from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +19,9 @@ from ..errors import ModelError, did_you_mean
 from ..hub import hub_or_cache
 
 Task = Literal["classification", "causal-lm"]
+_AFTER_PADDING = {"camembert", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+_HINT = "; give a local folder, a built-in name (nano) or a Hub id (name or owner/name)"
 BUILT_IN = {"nano": Path(__file__).parent / "nano"}
 
 
@@ -25,12 +33,14 @@ def resolve(model: str, base: Path) -> str:
     if model in BUILT_IN:
         return str(BUILT_IN[model])
     for folder in (base / model, Path(model)):
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
+        if os.path.isdir(folder):  # which, unlike Path.is_dir, raises nothing
+            if not os.path.isfile(folder / "config.json"):
                 raise ModelError(f"model {model!r} is a folder without config.json: not a Hugging Face model folder")
             return str(folder)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(f"model {model!r}: no such folder (relative paths start from the configuration file)")
+    if not _HUB_ID.fullmatch(model):
+        raise ModelError(f"model {model!r}: no such folder, and no Hub id{did_you_mean(model, BUILT_IN) or _HINT}")
     return model
 
 
@@ -42,8 +52,8 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with nullcontext() if Path(path).is_dir() else hub_or_cache(path, "model"):
-            tokenizer = AutoTokenizer.from_pretrained(path)
+        with nullcontext() if os.path.isdir(path) else hub_or_cache(path, "model"):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the Hub's, tokenizers' and transformers' own errors share no base class
         raise _not_found("tokenizer", path, error) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -54,6 +64,30 @@ def load_tokenizer(path: str) -> Any:
             raise ModelError(f"the tokenizer of {path!r} has neither a pad token nor an end token: set one in it")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a model can read: positions of a text, and tokens by their number; None where it sets no limit."""
+
+    positions: int | None
+    vocabulary: int | None
+
+
+@cache
+def reads(path: str) -> Reads:
+    """Read off the model's configuration, without its weights. Raises ModelError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        with nullcontext() if os.path.isdir(path) else hub_or_cache(path, "model"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise _not_found("model", path, error) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in _AFTER_PADDING:
+        positions -= (config.pad_token_id or 0) + 1
+    return Reads(positions, getattr(config, "vocab_size", None))
 
 
 def load_base(
@@ -72,32 +106,47 @@ def load_base(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": dtype}
+    options: dict[str, Any] = {
+        "attn_implementation": attn_implementation,
+        "dtype": dtype,
+        "trust_remote_code": False,  # said outright, or transformers asks on the terminal
+        "output_loading_info": True,
+    }
+    kind: Any = transformers.AutoModelForCausalLM
+    if task == "classification":
+        kind, options["num_labels"] = transformers.AutoModelForSequenceClassification, labels
     try:
-        with nullcontext() if Path(path).is_dir() else hub_or_cache(path, "model"):
-            if task == "classification":
-                kind = transformers.AutoModelForSequenceClassification
-                model = kind.from_pretrained(path, num_labels=labels, **options)
-            else:
-                model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+        with nullcontext() if os.path.isdir(path) else hub_or_cache(path, "model"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = kind.from_pretrained(path, **options)
     except Exception as error:  # as above
         raise _not_found("model", path, error) from error
+    _check_whole(path, model, info["missing_keys"], pad_token_id)
     model.config.pad_token_id = pad_token_id
     model.config.use_cache = False
     return model
 
 
+def _check_whole(path: str, model: nn.Module, missing: Collection[str], pad_token_id: int) -> None:
+    """Weights of the blocks must all be there (new ones would be drawn at random), and a row for the pad token."""
+    lost = sorted(name for name in missing if re.search(r"\.\d+\.", name) and not re.search("classif|score", name))
+    if lost:
+        raise ModelError(f"the weights in {path!r} are incomplete: {len(lost)} are missing, the first is {lost[0]!r}")
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    if rows is not None and pad_token_id >= rows:
+        raise ModelError(
+            f"the pad token of the tokenizer in {path!r} has number {pad_token_id}, but the model knows {rows} tokens "
+            f"(0 to {rows - 1}): name one of those as pad_token in tokenizer_config.json"
+        )
+
+
 def _not_found(what: str, path: str, error: Exception) -> ModelError:
     first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return ModelError(f"the {what} in {path!r} can't be loaded: {first_line}")
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    hint = (
-        did_you_mean(path, BUILT_IN) or "; give a local folder, a built-in name (nano) or a Hub id that is in the cache"
-    )
-    return ModelError(
-        f"{what} {path!r}: no such folder, and the Hub gave none{offline}{hint}. Said there: {first_line}"
-    )
+    hint = did_you_mean(path, BUILT_IN) or f"{_HINT} that is in the cache."
+    return ModelError(f"{what} {path!r}: no such folder, and the Hub gave none{offline}{hint} Said there: {first_line}")
 
 
 def pick_device(device: str) -> torch.device:

@@ -27,6 +27,9 @@ class TrainConfig(BaseModel):
     epochs: int = Field(default=1, ge=0, description="passes over a site's data in one round")
     max_length: int = Field(default=64, ge=2, description="tokens of a text at most; the rest is cut off and counted")
     group_by_length: bool = Field(default=False, description="texts of like length meet in a batch: less padding")
+    pad_to_multiple_of: int = Field(
+        default=1, ge=1, description="pad each batch to such a width: fewer shapes, so less memory in bf16 on a CPU"
+    )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="fresh in every round")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled for adamw, L2 for sgd")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")

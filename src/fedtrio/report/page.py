@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -9,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedtrio.report import charts
+from fedtrio.report.svg import printable
 from fedtrio.report.tables import (
     SKEWED,
     TITLES,
@@ -153,6 +155,14 @@ def _how(results: Results) -> list[tuple[str, list[str]]]:
     ]
 
 
+def _events(results: Results) -> Iterator[str]:
+    """A sentence for each answer that was refused and each site that fell silent."""
+    for run in results["runs"]:
+        for event in run.get("events") or []:
+            what = f"was refused: {event['reason']}" if event.get("reason") else "fell silent"
+            yield f"{run['framework']}, seed {run['seed']}, round {event['round']}: {event['site']} {what}"
+
+
 def _last(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
@@ -161,7 +171,7 @@ def _context(results: Results) -> dict[str, Any]:
     config, score = results["config"], score_of(results)
     model, source = str(config.get("model", "model")), (config.get("data") or {}).get("train")
     data = "the demo data" if source is None else _last(str(source)).removesuffix(".jsonl").removesuffix(".csv")
-    warnings = [str(warning) for warning in results.get("warnings") or []]
+    warnings = [str(warning) for warning in results.get("warnings") or []] + list(_events(results))
     return {
         "title": f"{_last(model)} on {data}",
         "facts": facts(results),
@@ -190,4 +200,13 @@ def render(results: Results) -> str:
     """The whole page as one string of HTML."""
     template = files("fedtrio.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(_context(results))
+    return environment.from_string(template).render(_context(_printable(results)))
+
+
+def _printable(value: Any) -> Any:
+    """The same results, in whose names nothing but letters and white space is left."""
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value

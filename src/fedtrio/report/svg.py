@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
@@ -10,6 +11,17 @@ from html import escape
 from fedtrio.report.tables import TITLES
 
 LETTER = 7.0  # mean width of a letter at the charts' 12.5 px, rather too wide than too narrow
+
+
+# Control characters (but tab and line feed), halves of characters, and what turns the direction of writing
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb\ufffe\uffff]"
+)
+
+
+def printable(words: str) -> str:
+    """The words with `�` for what no page, drawing or terminal should be given to show."""
+    return _UNPRINTABLE.sub("\ufffd", words)
 
 
 def tone(framework: str) -> str:
@@ -25,7 +37,7 @@ def short(text: object, limit: int) -> str:
 
 def text(x: float, y: float, words: object, anchor: str = "start", extra: str = "") -> str:
     """Words at a spot; `extra` is further markup of our own."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(str(words))}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(printable(str(words)))}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, css: str, extra: str = "") -> str:

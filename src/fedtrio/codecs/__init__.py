@@ -1,0 +1,7 @@
+"""Codecs: fewer bytes for what crosses the wire. `parse("topk:0.1+int8")` is a `Codec`; see `codec.py`."""
+
+from .codec import Codec, difference, restore
+from .parse import KINDS, known, parse
+from .parts import Crossing, Spec
+
+__all__ = ["KINDS", "Codec", "Crossing", "Spec", "difference", "known", "parse", "restore"]
