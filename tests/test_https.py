@@ -238,7 +238,7 @@ def test_a_duplicate_is_taken_once(serve: Callable[..., Server]) -> None:
     answers = [poll.result() for poll in polls]  # older polls give way to the newest, which gets the frame
     assert {(a.status_code, a.content) for a in answers} - {(204, b"")} == {(200, b"two")}
     again = site.turn(0, b"answer")  # the response was lost
-    assert (again.content, again.headers["fedtrio-turn"], again.headers["fedtrio-start"]) == (b"two", "1", "0")
+    assert (again.content, again.headers["fedtrio-turn"], "fedtrio-start" in again.headers) == (b"two", "1", False)
     poll = Begun(lambda: site.turn(1, b"done"))
     assert second.result() == {"a": b"done"}
     assert site.turn(0, b"answer").status_code == 409  # long ago
