@@ -34,7 +34,7 @@ BEAT_S = 5.0
 GREETING_BYTES = 1 << 16
 HELLOS = 8  # at once
 
-Answers = queue.SimpleQueue[tuple[str, bytes | None]]  # None: the site is left out
+Answers = queue.SimpleQueue[tuple[str, bytes | None, bool]]  # None: the site is left out; whether it was sent a frame
 
 
 class Connection(Protocol):
@@ -114,7 +114,7 @@ class Desk:
         """Deliver a frame; its answer will be put into `answers`, or None."""
         site, now = self._sites[name], self._loop.time()
         if site.out:
-            answers.put((name, None))
+            answers.put((name, None, False))
             return
         site.turn += 1
         site.frame, site.answers, site.start, site.begun = frame, answers, not site.begun, True
@@ -137,7 +137,7 @@ class Desk:
     def _close_turn(self, site: _Site) -> None:
         """What is outstanding will have no answer."""
         if site.answers is not None:
-            site.answers.put((site.name, None))
+            site.answers.put((site.name, None, site.shown == site.turn))
         site.frame, site.answers = None, None
 
     def withdraw(self, names: Iterable[str]) -> None:
@@ -342,7 +342,7 @@ class Desk:
             self._check_process(site, request)
             assert site.answers is not None
             site.accepted, site.frame, site.knows, kept = turn, None, turn == site.shown, len(answer)
-            site.answers.put((site.name, answer))
+            site.answers.put((site.name, answer, True))
             site.answers = None
         finally:
             self.room.give(length - kept)
