@@ -202,8 +202,8 @@ def drive(
         left, asked = max(sites, len(cohort)) - len(lost), max(sites, len(cohort))
         if left < min(min_sites, asked):
             program.close()
-            why = f"; {last_refusal}" if last_refusal else ""
-            raise QuorumError(f"round {round}: {left} of at least {min_sites} sites are left{why}")
+            why = last_refusal or f"missing: {', '.join(sorted(lost))}"
+            raise QuorumError(f"round {round}: {left} of at least {min_sites} sites are left; {why}")
 
 
 class _Sent:

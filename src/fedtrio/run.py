@@ -55,10 +55,12 @@ def run(
     for entry in done.curve:
         on_round(framework, seed, entry)
     for lab.round in range(done.round + 1, config.rounds + 1):
-        _round(bench, method, lab, wire, done, name)
+        lost = _round(bench, method, lab, wire, done, name)
         adapter = method.adapter(lab, done.state)
         scores = bench.evaluate(lab, adapter) if adapter is not None else None
-        done.efforts |= ask(wire, ACCOUNT, wire.sites, lab.round)
+        if config.deadline is not None:  # the round's may have passed, and questions come after it
+            wire.start_round(name, lab.round, config.deadline)
+        done.efforts |= ask(wire, ACCOUNT, sorted(set(wire.sites) - set(lost)), lab.round)
         told = {name: float(value) for name, value in done.state.get("diagnostics", {}).items()}
         counted = spent(method, done.ledger, done.efforts)
         done.commit(lab.round, {**shown(scores, config.task), **counted, **told})
@@ -72,8 +74,11 @@ def run(
             wire.close()
 
 
-def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress, name: str) -> None:
-    """One round, again where too few sites were left in the end; sites elsewhere may need time to come back."""
+def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress, name: str) -> list[str]:
+    """One round, again where too few sites were left in the end; sites elsewhere may need time to come back.
+
+    Gives the sites that fell silent.
+    """
     config = bench.config
     cohort = sample(wire.sites, config.participation, lab.seed, lab.round)
     check, refuse = partial(method.check, lab), partial(done.refused, lab.round)
@@ -93,7 +98,7 @@ def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress
             raise
         done.state = state
         done.lost(lab.round, lost)
-        return
+        return lost
 
 
 def _entry(
