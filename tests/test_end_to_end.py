@@ -23,11 +23,12 @@ from fedtrio.meter import Meter
 
 compare = partial(_compare, jobs=1)
 SMALL = ["data.max_train=120", "data.max_test=40", "data.max_public=24", "rounds=2", "threads=1"]
-NO_SECONDS = {"client_seconds"}
+NO_SECONDS = {"client_seconds", "server_seconds"}
 
 KEYS = {
     "framework", "seed", "accuracy", "loss", "rounds", "bytes_up", "bytes_down", "payload_up", "payload_down",
-    "client_flops", "client_seconds", "client_peak_bytes", "messages", "client_accuracy", "adapter", "curve",
+    "client_flops", "client_seconds", "server_seconds", "client_peak_bytes", "messages", "client_accuracy", "adapter",
+    "curve",
 }  # fmt: skip
 
 

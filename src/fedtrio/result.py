@@ -14,7 +14,8 @@ from .ledger import Ledger
 from .models.train import Adapter
 
 Efforts = Mapping[str, Mapping[str, Any]]  # what each site says of itself: flops, seconds, peak_bytes
-HOW = {"bytes": "measured", "client_flops": "counted", "client_seconds": "measured", "client_peak_bytes": "modelled"}
+HOW = dict.fromkeys(("bytes", "client_seconds", "server_seconds"), "measured")
+HOW |= {"client_flops": "counted", "client_peak_bytes": "modelled"}
 # process_peak_bytes, measured, stands beside a site that had a process of its own
 
 

@@ -17,7 +17,7 @@ from .checkpoint import Journal, append_line, write_whole
 from .config import Config
 from .errors import MessageError, QuorumError, WireError
 from .evaluate import Scores
-from .frameworks.lab import Framework, Lab, State
+from .frameworks.lab import Framework, Lab, ServerProgram, State
 from .ledger import Ledger
 from .meter import Meter
 from .program import ACCOUNT, CONCLUDE, Site, Wire, ask, drive
@@ -86,7 +86,7 @@ def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress
         state = dict(done.state)  # a round that fails leaves no trace
         wire.start_round(name, lab.round, config.deadline)
         try:
-            program = method.server(lab, state, cohort)
+            program = done.timed(method.server(lab, state, cohort))
             coding = config.wire.coding(lab.seed)
             lost = drive(program, wire, lab.round, done.ledger, check, refuse, config.min_sites, coding, len(cohort))
         except QuorumError:
@@ -124,7 +124,7 @@ def _entry(
     result = {"framework": framework, "seed": lab.seed, "rounds": rounds, **reached}
     accounts = {site: {**done.efforts[site], **of_sites.get(site, {})} for site in examples}
     result |= costs(method, examples, accuracies, done.ledger, accounts)
-    result |= {"curve": done.curve, "events": done.events}
+    result |= {"server_seconds": round(done.server_seconds, 3), "curve": done.curve, "events": done.events}
     if out is not None:
         result |= save(lab, adapter, list(examples), out, name)
         lines = done.ledger.lines(framework=framework, seed=lab.seed) if method.federated else []
@@ -163,6 +163,7 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # answers refused, sites lost
     efforts: dict[str, Any] = field(default_factory=dict)  # what each site last said that it had spent
+    server_seconds: float = 0.0
     folder: Path | None = None
 
     @classmethod
@@ -178,6 +179,7 @@ class Progress:
             }  # an empty one left no trace
             start.ledger.restore(facts["ledger"])
             start.curve, start.events, start.efforts = facts["curve"], facts["events"], facts["efforts"]
+            start.server_seconds = facts["server_seconds"]
         return start
 
     def commit(self, round: int, entry: Mapping[str, Any]) -> None:
@@ -186,7 +188,21 @@ class Progress:
         self.curve.append({"round": round, **entry})
         if self.journal:
             counted = {"curve": self.curve, "events": self.events, "efforts": self.efforts}
-            self.journal.commit(round, self.state, counted | {"ledger": self.ledger.saved()})
+            counted |= {"server_seconds": self.server_seconds, "ledger": self.ledger.saved()}
+            self.journal.commit(round, self.state, counted)
+
+    def timed(self, program: ServerProgram) -> ServerProgram:
+        """The same program, whose own time is counted, without that in which it waits for sites."""
+        inbox: Any = None
+        while True:
+            start = time.perf_counter()
+            try:
+                outbox = program.send(inbox)
+            except StopIteration:
+                return
+            finally:
+                self.server_seconds += time.perf_counter() - start
+            inbox = yield outbox
 
     def refused(self, round: int, site: str, error: MessageError) -> None:
         """An answer that does not count."""
