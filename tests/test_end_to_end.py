@@ -81,7 +81,7 @@ def test_results_have_every_key(results, place):
     assert tuple(runs) == FRAMEWORKS and results["schema_version"] == 1
     for name, entry in runs.items():
         assert entry.keys() >= KEYS, KEYS - entry.keys()
-        assert entry["client_accuracy"].keys() == {"mean", "min"}
+        assert entry["client_accuracy"].keys() == {"mean", "min", "p10", "jain"}
         assert 0 <= entry["client_accuracy"]["min"] <= entry["client_accuracy"]["mean"] + 1e-12 <= 1
         assert [point["round"] for point in entry["curve"]] == [1, 2] and entry["rounds"] == 2
         for point in entry["curve"]:

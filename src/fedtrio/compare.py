@@ -15,7 +15,7 @@ from .bench import Bench
 from .checkpoint import write_whole
 from .config import Config, WireConfig, load_config
 from .errors import ConfigError
-from .run import OnRound
+from .run import OnRound, cohort_size
 from .workers import Workers
 
 SCHEMA_VERSION = 1
@@ -122,7 +122,11 @@ def prepare(bench: Bench) -> dict[str, Any]:
     """
     config = bench.config
     for name in config.frameworks:
-        bench.cuts(config.framework(name), config.seeds[0])  # better refused now than after an hour of another one
+        method = config.framework(name)
+        bench.cuts(method, config.seeds[0])  # better refused now than after an hour of another one
+        if sites := bench.names(method, config.seeds[0]):
+            method.check_sites(sites, cohort_size(len(sites), config.participation))
+            config.lora.ranks(sites) if method.federated else None
     return {
         "config": config.model_dump(mode="json"),
         "environment": environment(config),

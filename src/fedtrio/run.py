@@ -52,6 +52,7 @@ def run(
     wire = remote or _wire(bench, framework, lab, meter, folder)
     lab.abreast = wire.abreast
     done = Progress.of(method, lab, folder, record_frames)
+    _meet(config, method, lab, wire, done, name)
     for entry in done.curve:
         on_round(framework, seed, entry)
     for lab.round in range(done.round + 1, config.rounds + 1):
@@ -72,6 +73,19 @@ def run(
     finally:
         if remote is None:
             wire.close()
+
+
+def _meet(config: Config, method: Framework, lab: Lab, wire: Wire, done: Progress, name: str) -> None:
+    """What a server knows of its sites before the first round. Raises ConfigError where they don't suit the method."""
+    lab.sites = wire.sites
+    method.check_sites(lab.sites, cohort_size(len(lab.sites), config.participation))
+    lab.ranks = config.lora.ranks(lab.sites) if method.federated else {}
+    if method.wants_weights:
+        wire.start_round(name, done.round, config.deadline)
+        accounts = ask(wire, ACCOUNT, lab.sites, done.round)
+        if silent := sorted(set(lab.sites) - accounts.keys()):
+            raise QuorumError(f"fedllm.unbiased needs the weights of all sites; {', '.join(silent)} did not answer")
+        lab.weights = {site: float(facts["weight"]) for site, facts in accounts.items()}
 
 
 def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress, name: str) -> list[str]:
@@ -126,7 +140,8 @@ def _entry(
     result |= costs(method, examples, accuracies, done.ledger, accounts)
     result |= {"server_seconds": round(done.server_seconds, 3), "curve": done.curve, "events": done.events}
     if out is not None:
-        result |= save(lab, adapter, list(examples), out, name)
+        shipped = method.shipped(lab, done.state) if adapter is not None else None
+        result |= save(lab, shipped, list(examples), out, name)
         lines = done.ledger.lines(framework=framework, seed=lab.seed) if method.federated else []
         write_whole(out / name / "ledger.jsonl", "".join(line + "\n" for line in lines).encode())
     return result
@@ -222,7 +237,12 @@ class Progress:
             append_line(self.folder.parent / "events.jsonl", json.dumps(said))
 
 
+def cohort_size(sites: int, participation: float) -> int:
+    """How many sites take part in a round."""
+    return max(1, int(participation * sites + 0.5))
+
+
 def sample(sites: Sequence[str], participation: float, seed: int, round: int) -> list[str]:
     """The sites that take part in a round, sorted; a pure function of its arguments."""
-    number = max(1, int(participation * len(sites) + 0.5))
+    number = cohort_size(len(sites), participation)
     return sorted(random.Random(f"cohort {seed} {round}").sample(sorted(sites), number))
