@@ -431,7 +431,7 @@ def test_two_processes_with_one_certificate(
     run.start("ada", die=(f"{LEARNER}.step", "3", 5))
     run.until(lambda: "round 1" in run.log("server"))
     older = run.pid("ada"), run._children["ada"]
-    run.start("ada")
+    run.start("ada", die=(f"{LEARNER}.step", "6", 2))  # slow too, so that the run lasts till the older is awake
     older[1].join(60)
     assert older[1].exitcode == 6 and "another process uses the certificate of ada; stop one of the two" in run.log(
         "ada"

@@ -101,7 +101,8 @@ class _Line:
         self._place: tuple[str, int] | None = None  # run and round
         self._server_limit = limit
         self._beat = 5.0
-        self._over: str | None = None  # as a beat heard it
+        self._over: str | None = None
+        self._heard: _Refused | None = None  # by a beat: all is over, or another process has taken the place
         self._closed = False
         self._rhythm = threading.Event()  # set when there is a new one
         self._beats = threading.Thread(target=self._keep_beating, name="fedtrio-beat", daemon=True)
@@ -119,6 +120,9 @@ class _Line:
     def serve(self) -> None:
         self._greet()
         while self._over is None:
+            if self._heard is not None:
+                self._heed(self._heard)
+                continue
             try:
                 answer = self._post("/v1/turn", {"Fedtrio-Turn": str(self._turn)}, self._answer)
             except _Refused as refused:
@@ -251,8 +255,8 @@ class _Line:
                 try:
                     self._try("/v1/beat", {}, b"", timeout=max(2.0, self._beat))
                 except _Refused as refused:
-                    if refused.error == "finished":
-                        self._over = refused.reason
+                    if refused.error in ("finished", "replaced"):
+                        self._heard = refused
                 except (httpx.TransportError, WireError):
                     pass  # the next turn will tell
 
