@@ -229,20 +229,14 @@ def refuse_wrong_pairs(
     fedllm: FedLLM, train: TrainConfig, lora: LoraConfig, coding: Coding, frameworks: Collection[str]
 ) -> None:
     """Raises ConfigError where FedLLM's settings don't go with how sites train, their ranks, or the codecs."""
-    constant = train.lr_scheduler_type == "constant" and train.warmup_ratio == 0 and train.max_grad_norm is None
-    plain = train.optimizer == "sgd" and train.momentum == 0 and constant
     if "fedllm" not in frameworks:
         return
-    if fedllm.scaffold and not plain:
-        raise ConfigError(
-            "fedllm.scaffold corrects plain SGD at constant rates: set train.optimizer=sgd, train.momentum=0, "
-            "train.lr_scheduler_type=constant, train.warmup_ratio=0 and train.max_grad_norm=null"
-        )
-    if fedllm.upload == "seeds" and not (plain and train.weight_decay == 0):
-        raise ConfigError(
-            "fedllm.upload seeds replays plain SGD at constant rates: set train.optimizer=sgd, train.momentum=0, "
-            "train.weight_decay=0, train.lr_scheduler_type=constant, train.warmup_ratio=0 and train.max_grad_norm=null"
-        )
+    plain = {"optimizer": "sgd", "momentum": 0, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    plain |= {"max_grad_norm": None} | ({"weight_decay": 0} if fedllm.upload == "seeds" else {})
+    needs_plain = "scaffold" if fedllm.scaffold else "upload seeds" if fedllm.upload == "seeds" else None
+    if needs_plain and (wrong := [k for k, value in plain.items() if getattr(train, k) != value]):
+        wanted = ", ".join(f"train.{k}={'null' if plain[k] is None else plain[k]}" for k in wrong)
+        raise ConfigError(f"fedllm.{needs_plain} is right for plain SGD at constant rates alone: set {wanted}")
     fedllm.refuse_codecs(coding.up.get("adapter"), coding.down.get("adapter"))
     if lora.by_site:
         if wrong := sorted({"kd", "split"} & set(frameworks)):
@@ -372,7 +366,7 @@ def _explain(
         )
     else:
         shown = re.sub(r"^(Value error|Assertion failed), ", "", fault["msg"])
-        what = f"{name or 'configuration'}: {shown}, got {fault['input']!r:.80}"
+        what = f"{name}: {shown}, got {fault['input']!r:.80}" if name else shown
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{_blamed(path, text, loc, given)}: {what}{more}"
 

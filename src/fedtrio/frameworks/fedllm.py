@@ -91,15 +91,15 @@ class FedLLM(Server, Client):
         tensors, control = split_control(first)
         start = self._rule.start(lab, site, replace(first, tensors=tensors))
         if self.local_heads:
-            head = site.memory.get("head") or remainder(lab.model.initial)
+            head = remainder(site.memory.get("own", lab.model.initial))
             start = replace(start, trained={**start.trained, **head})
         facts = {"weight": site.data.weight}
         if self.upload == "gradients":
             return Message("gradients", self._sent(lab, mean_gradient(lab, site, start), site.round), facts)
         after = self.trained(lab, site, start, control)
         if self.personal:
-            site.memory["own"] = {name: t.detach() for name, t in start.runs(after.tensors).items()}
-            site.memory["head"] = remainder(after.tensors)
+            running = start.runs(after.tensors)
+            site.memory["own"] = {name: t.clone(memory_format=torch.contiguous_format) for name, t in running.items()}
         sent = self._sent(lab, after.tensors, site.round)
         if self.upload == "delta":
             sent = {name: tensor - start.trained[name].to(tensor) for name, tensor in sent.items()}
