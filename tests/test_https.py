@@ -296,7 +296,7 @@ def test_a_late_site_comes_again_in_the_next_round(serve: Callable[..., Server])
     assert server.gather({"a": b"one", "b": b"two"}) == {"b": b"TWO"}
     slow.set()
     until(lambda: len(server.heard("late")) == 2)
-    assert [e["event"] for e in sites.events if e["event"] != "joined"] == ["round closed"]
+    until(lambda: [e["event"] for e in sites.events if e["event"] != "joined"] == ["round closed"])
     server.wire.start_round("r", 2, 20)
     assert server.gather({"a": b"one", "b": b"two"}) == {"a": b"ONE", "b": b"TWO"}
 
