@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..aggregation.lora import aggregation_error, remainder
+from ..aggregation.lora import aggregation_error, factor_of, remainder
 from ..aggregation.sites import common_control
 from ..errors import ConfigError, QuorumError
 from ..message import Message, Reply
@@ -91,7 +91,7 @@ class FedLLM(Server, Client):
         tensors, control = split_control(first)
         start = self._rule.start(lab, site, replace(first, tensors=tensors))
         if self.local_heads:
-            head = remainder(site.memory.get("own", lab.model.initial))
+            head = remainder(site.memory.get("own", lab.initial))
             start = replace(start, trained={**start.trained, **head})
         facts = {"weight": site.data.weight}
         if self.upload == "gradients":
@@ -127,7 +127,7 @@ class FedLLM(Server, Client):
 
     def own_adapter(self, lab: Lab, site: Site) -> Adapter | None:
         """What a site trained last, where it keeps some of it to itself; the start where it never took part."""
-        return site.memory.get("own", lab.model.initial) if self.personal else None
+        return site.memory.get("own", lab.initial) if self.personal else None
 
     @property
     def wants_weights(self) -> bool:
@@ -161,7 +161,7 @@ class FedLLM(Server, Client):
 
     def _kept(self, tensors: Adapter) -> dict[str, Tensor]:
         """Without the head where that stays at the site."""
-        return {n: t for n, t in tensors.items() if not self.local_heads or n not in remainder(tensors)}
+        return {name: t for name, t in tensors.items() if not (self.local_heads and factor_of(name) is None)}
 
     def _sent(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
         return self._kept(self._rule.sends(lab, trained, round))

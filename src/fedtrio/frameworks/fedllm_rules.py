@@ -68,7 +68,7 @@ class Rule:
 
     def setup(self, lab: Lab) -> State:
         """The server's state before the first round."""
-        return {"adapter": lab.model.initial}
+        return {"adapter": lab.initial}
 
     def share(self, lab: Lab, state: State, cohort: Sequence[str]) -> Outbox:
         """What each site is sent."""
@@ -119,7 +119,7 @@ class FFA(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """B and head train."""
-        return _beside(lab, travelling(lab.model.initial, "A"), first.tensors)
+        return _beside(lab, travelling(lab.initial, "A"), first.tensors)
 
     def sends(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
         """B and head."""
@@ -139,7 +139,7 @@ class RoLoRA(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """One factor and the head train."""
-        held = remembered(site, first, "common") or lab.model.initial
+        held = remembered(site, first, "common") or lab.initial
         common = site.memory["common"] = {**held, **first.tensors}
         return _beside(lab, common, self.sends(lab, common, site.round))
 
@@ -149,7 +149,7 @@ class RoLoRA(Rule):
 
     def expected(self, lab: Lab, sent: Message) -> Adapter:
         """As `initial` has it."""
-        return self.sends(lab, lab.model.initial, lab.round)
+        return self.sends(lab, lab.initial, lab.round)
 
 
 class FedSVD(Rule):
@@ -184,8 +184,8 @@ class FedSA(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """All of it trains."""
-        own = site.memory.get("own", lab.model.initial)
-        return Start({**lab.model.initial, **travelling(own, "B"), **first.tensors})
+        own = site.memory.get("own", lab.initial)
+        return Start({**lab.initial, **travelling(own, "B"), **first.tensors})
 
     def sends(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
         """A and head."""
@@ -203,7 +203,7 @@ class FedSB(Rule):
 
     def setup(self, lab: Lab) -> State:
         """R = 0. Raises ConfigError where the rank is too large for a layer."""
-        return {"adapter": rules.fedsb_start(lab.model.initial, _generator(lab, 0))[1]}
+        return {"adapter": rules.fedsb_start(lab.initial, _generator(lab, 0))[1]}
 
     def share(self, lab: Lab, state: State, cohort: Sequence[str]) -> Outbox:
         """The upper left of R, as large as the site's rank."""
@@ -233,7 +233,7 @@ class FedSB(Rule):
 
     def frozen(self, lab: Lab) -> Adapter:
         """Orthonormal B and A, a function of the seed."""
-        return rules.fedsb_start(lab.model.initial, _generator(lab, 0))[0]
+        return rules.fedsb_start(lab.initial, _generator(lab, 0))[0]
 
 
 # Ranks that differ ----------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class FlexLoRA(Rule):
         scale, rank = lab.model.scale(), lab.model.rank
         scales = {site: lab.scale(site) for site in sent}
         found = rules.flexlora(sent, weights, scales, scale, rank)
-        state["adapter"] = {**state["adapter"], **resized(found, rank, _silent(lab.model.initial))}
+        state["adapter"] = {**state["adapter"], **resized(found, rank, _silent(lab.initial))}
         return Result(found, scale)
 
 
@@ -286,7 +286,7 @@ class FedEx(Rule):
 
     def setup(self, lab: Lab) -> State:
         """Nothing is merged yet."""
-        return {"adapter": lab.model.initial, "residual": {}, "merged": {}}
+        return {"adapter": lab.initial, "residual": {}, "merged": {}}
 
     def share(self, lab: Lab, state: State, cohort: Sequence[str]) -> Outbox:
         """The adapter, and the last residual, or all of them to those who missed some."""
@@ -304,7 +304,7 @@ class FedEx(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """Merge, then train the adapter."""
-        like = lab.model.initial
+        like = lab.initial
         received = unprefixed(first.tensors)
         merged = added(remembered(site, first, "merged") or {}, received, like)
         site.memory["merged"] = merged
@@ -326,7 +326,7 @@ class FedEx(Rule):
 
     def aggregate(self, lab: Lab, state: State, sent: Adapters, weights: Numbers) -> Result:
         """FedAvg and its residual."""
-        scale, like = lab.model.scale(), lab.model.initial
+        scale, like = lab.model.scale(), lab.initial
         mean, residual = rules.fedex(sent, weights, scale)
         state["adapter"] = {**state["adapter"], **mean}
         self.take(lab, state, residual)
@@ -340,7 +340,7 @@ class FedEx(Rule):
 
     def take(self, lab: Lab, state: State, residual: Adapter) -> None:
         """Merge a change of the base, given as factors whose scale is 1."""
-        like = lab.model.initial
+        like = lab.initial
         state["residual"] = as_tensors({n: product(residual, p) for n, p in pairs(residual).items()}, like)
         state["merged"] = added(state["merged"], state["residual"], like)
 
@@ -350,7 +350,7 @@ class FedEx(Rule):
 
     def shipped(self, lab: Lab, state: State) -> Adapter:
         """All that was merged, and the adapter, as one adapter of a larger rank."""
-        like, scale = lab.model.initial, lab.model.scale()
+        like, scale = lab.initial, lab.model.scale()
         own = {layer: product(state["adapter"], pair, scale) for layer, pair in pairs(like).items()}
         whole = combined_adapter(added(state["merged"], as_tensors(own, like), like), like)
         return {**remainder(state["adapter"]), **at_scale(whole, 1.0, scale)}
@@ -371,12 +371,12 @@ class FLoRA(FedEx):
 
     def fresh(self, lab: Lab, rank: int, round: int) -> dict[str, Tensor]:
         """The adapter that all start a round from: in the first the common one, later A drawn from the seed, B = 0."""
-        start = lab.model.initial if round == 1 else fresh(lab.model.initial, _generator(lab, round))
+        start = lab.initial if round == 1 else fresh(lab.initial, _generator(lab, round))
         return at_rank(lab, start, rank)
 
     def expected(self, lab: Lab, sent: Message) -> Adapter:
         """An adapter of the site's rank."""
-        return at_rank(lab, lab.model.initial, int(sent.fact("rank")))
+        return at_rank(lab, lab.initial, int(sent.fact("rank")))
 
     def aggregate(self, lab: Lab, state: State, sent: Adapters, weights: Numbers) -> Result:
         """Stack, merge, and forget the factors."""
