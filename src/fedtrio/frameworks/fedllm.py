@@ -2,7 +2,7 @@
 
 "Communication-Efficient Learning of Deep Networks from Decentralized Data" (FedAvg, arXiv:1602.05629) on the LoRA
 tensors and the head, as in "Towards Building the Federated GPT" (FedIT, arXiv:2305.05644). What other aggregations do
-is in `fedllm_rules`, what else a site may do in `fedllm_client`, what else a server in `fedllm_server`.
+is in `fedllm_rules` and `fedllm_merging`, what else a site may do in `fedllm_client`, what else a server in `fedllm_server`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from ..message import Message, Reply
 from ..models.train import Adapter
 from .fedllm_client import CONTROL, Client, mean_gradient, split_control, with_control
 from .fedllm_merged import note_ended
-from .fedllm_rules import RULES, Rule
+from .fedllm_merging import MERGING
+from .fedllm_rules import AVERAGING, Rule
 from .fedllm_seeds import Seeds
 from .fedllm_server import OWN, OwnRule, Server, own_rule
 from .lab import ClientProgram, Inbox, Lab, Outbox, ServerProgram, Site, State, weights_of
 
+RULES = AVERAGING | MERGING
 KINDS = {"parameters": "adapter", "delta": "update", "gradients": "gradients"}
 
 
