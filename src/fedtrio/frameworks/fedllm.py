@@ -1,8 +1,8 @@
 """FedLLM: sites train adapters on their own data and send them; the server puts them together.
 
 "Communication-Efficient Learning of Deep Networks from Decentralized Data" (FedAvg, arXiv:1602.05629) on the LoRA
-tensors and the head, as in "Towards Building the Federated GPT" (FedIT, arXiv:2305.05644). What other aggregations do
-is in `fedllm_rules` and `fedllm_merging`, what else a site may do in `fedllm_client`, what else a server in `fedllm_server`.
+tensors and the head, as in "Towards Building the Federated GPT" (FedIT, arXiv:2305.05644). Other aggregations
+are in `fedllm_rules` and `fedllm_merging`, what else a site may do in `fedllm_client`, a server in `fedllm_server`.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class FedLLM(Server, Client):
 
     def refuse_mixed_ranks(self) -> None:
         """Raises ConfigError where sites can't have ranks of their own."""
-        mixed = [name for name, rule in RULES.items() if rule.mixed_ranks]
+        mixed = sorted(name for name, rule in RULES.items() if rule.mixed_ranks)
         if not self._rule.mixed_ranks:
             raise ConfigError(
                 f"fedllm.aggregation {self.aggregation} needs one lora.r for all; {', '.join(mixed)} can mix ranks"

@@ -1,4 +1,4 @@
-"""Aggregations whose result a common adapter can't hold: the rest is merged into the base, at the server and all sites."""
+"""Aggregations whose result a common adapter can't hold: the rest is merged into the base, at all sides."""
 
 from __future__ import annotations
 
