@@ -400,7 +400,7 @@ def test_what_can_not_be_had_together(settings: Any, said: str) -> None:
         (["fedllm.aggregation=flora", "wire.up=topk:0.1"], "wire.up topk:0.1 encodes what changed"),
         (["fedllm.aggregation=fedex", "wire.down=int8"], "wire.down int8: with fedllm.aggregation fedex"),
         (["lora.r=[4,8]"], "lora.r by site is for fedllm, not for kd, split"),
-        (["lora.r=[4,8]", "frameworks=[fedllm]"], "fedavg needs one lora.r for all; flora, flexlora, hetlora, fedsb"),
+        (["lora.r=[4,8]", "frameworks=[fedllm]"], "fedavg needs one lora.r for all; fedsb, flexlora, flora, hetlora"),
         (["lora.r=[4,8]", "frameworks=[fedllm]", "fedllm.aggregation=fedsb", "fedllm.robust=median"], "no other mean"),
         (["lora.r=[4,0]"], "lora.r: Input should be greater than or equal to 1"),
         (["lora.r=many"], "lora.r: Input should be a valid integer"),

@@ -118,6 +118,30 @@ def test_the_u_shape_gives_the_same_bits(u_shape: Launch, world: World, run: Lau
     assert sha256(u_shape.out / "ledger.jsonl") != sha256(run.out / "ledger.jsonl")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["fedllm.aggregation=flora", "lora.r={ada: 2, bob: 4, cyd: 3}", "participation=0.7", "rounds=3"],
+        ["fedllm.aggregation=rolora", "fedllm.upload=delta", "wire.up=int8", "participation=0.7", "rounds=3"],
+        ["fedllm.aggregation=RULE", "participation=0.7", "fedllm.unbiased=true"],
+        ["fedllm.local_heads=true", "fedllm.keep_optimizer=true"],
+    ],
+)
+def test_ways_of_fedllm_give_the_same_bits(world: World, settings: list[str], tmp_path: Path) -> None:
+    rule = "def least(adapters, weights):\n    return adapters[min(adapters)]\n"
+    (tmp_path / "own.py").write_text(rule, encoding="utf-8")
+    settings = [word.replace("RULE", f"{tmp_path / 'own.py'}:least") for word in settings]
+    with Launch(world, ["frameworks=[fedllm]", *settings], name=tmp_path.name) as run:
+        run.start()
+        run.finish()
+    here = in_process(world, "frameworks=[fedllm]", *settings)
+    theirs, ours = run.results()["runs"][0], json.loads((here / "results.json").read_text(encoding="utf-8"))["runs"][0]
+    assert sha256(run.out / "ledger.jsonl") == sha256(here / "ledger.jsonl")
+    assert timeless(theirs["curve"]) == timeless(ours["curve"]) and theirs["client_accuracy"] == ours["client_accuracy"]
+    assert theirs["adapter_sha256"] in (ours["adapter_sha256"], None)  # None: each site keeps its own
+
+
 def test_the_run_folder_is_whole(run: Launch) -> None:
     names = {path.name for path in run.out.iterdir()}
     folders = {"fedllm-0", "kd-0", "split-0"}

@@ -134,7 +134,8 @@ class Site:
             return self._conclude(self)
         if self._known is None:
             self._remember(received.round + 1)
-        return self._meter.effort(self.name).spent() | {"examples": len(self.data), "weight": self.data.weight}
+        asked = {"weight": self.data.weight} if self._framework.wants_weights else {}
+        return self._meter.effort(self.name).spent() | {"examples": len(self.data)} | asked
 
 
 def ask(wire: Wire, kind: str, sites: Iterable[str], round: int) -> dict[str, Mapping[str, Fact]]:

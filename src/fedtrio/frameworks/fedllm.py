@@ -1,8 +1,8 @@
 """FedLLM: sites train adapters on their own data and send them; the server puts them together.
 
 "Communication-Efficient Learning of Deep Networks from Decentralized Data" (FedAvg, arXiv:1602.05629) on the LoRA
-tensors and the head, as in "Towards Building the Federated GPT" (FedIT, arXiv:2305.05644). What other aggregations do
-is in `fedllm_rules`, what else a site may do in `fedllm_client`, what else a server in `fedllm_server`.
+tensors and the head, as in "Towards Building the Federated GPT" (FedIT, arXiv:2305.05644). Other aggregations
+are in `fedllm_rules` and `fedllm_merging`, what else a site may do in `fedllm_client`, a server in `fedllm_server`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..aggregation.lora import aggregation_error, remainder
+from ..aggregation.lora import aggregation_error, factor_of, remainder
 from ..aggregation.sites import common_control
 from ..errors import ConfigError, QuorumError
 from ..message import Message, Reply
 from ..models.train import Adapter
 from .fedllm_client import CONTROL, Client, mean_gradient, split_control, with_control
 from .fedllm_merged import note_ended
-from .fedllm_rules import RULES, Rule
+from .fedllm_merging import MERGING
+from .fedllm_rules import AVERAGING, Rule
 from .fedllm_seeds import Seeds
 from .fedllm_server import OWN, OwnRule, Server, own_rule
 from .lab import ClientProgram, Inbox, Lab, Outbox, ServerProgram, Site, State, weights_of
 
+RULES = AVERAGING | MERGING
 KINDS = {"parameters": "adapter", "delta": "update", "gradients": "gradients"}
 
 
@@ -91,7 +93,7 @@ class FedLLM(Server, Client):
         tensors, control = split_control(first)
         start = self._rule.start(lab, site, replace(first, tensors=tensors))
         if self.local_heads:
-            head = remainder(site.memory.get("own", lab.model.initial))
+            head = remainder(site.memory.get("own", lab.initial))
             start = replace(start, trained={**start.trained, **head})
         facts = {"weight": site.data.weight}
         if self.upload == "gradients":
@@ -127,7 +129,7 @@ class FedLLM(Server, Client):
 
     def own_adapter(self, lab: Lab, site: Site) -> Adapter | None:
         """What a site trained last, where it keeps some of it to itself; the start where it never took part."""
-        return site.memory.get("own", lab.model.initial) if self.personal else None
+        return site.memory.get("own", lab.initial) if self.personal else None
 
     @property
     def wants_weights(self) -> bool:
@@ -161,7 +163,7 @@ class FedLLM(Server, Client):
 
     def _kept(self, tensors: Adapter) -> dict[str, Tensor]:
         """Without the head where that stays at the site."""
-        return {n: t for n, t in tensors.items() if not self.local_heads or n not in remainder(tensors)}
+        return {name: t for name, t in tensors.items() if not (self.local_heads and factor_of(name) is None)}
 
     def _sent(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
         return self._kept(self._rule.sends(lab, trained, round))
@@ -193,7 +195,7 @@ class FedLLM(Server, Client):
 
     def refuse_mixed_ranks(self) -> None:
         """Raises ConfigError where sites can't have ranks of their own."""
-        mixed = [name for name, rule in RULES.items() if rule.mixed_ranks]
+        mixed = sorted(name for name, rule in RULES.items() if rule.mixed_ranks)
         if not self._rule.mixed_ranks:
             raise ConfigError(
                 f"fedllm.aggregation {self.aggregation} needs one lora.r for all; {', '.join(mixed)} can mix ranks"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..aggregation.lora import Pair, Product, of_rank, pairs, placed, product, stacked, svd
 from ..errors import MessageError
-from ..message import Reply
+from ..message import Message, Reply
 from ..models.adapter import AdaptedModel
 from ..models.train import Adapter
 from .lab import Lab, Site, State
@@ -31,6 +31,11 @@ def prefixed(change: Adapter) -> dict[str, Tensor]:
 def unprefixed(tensors: Adapter) -> dict[str, Tensor]:
     """The change that a message holds."""
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+
+
+def adapter_of(message: Message) -> dict[str, Tensor]:
+    """All the rest of it."""
+    return {name: tensor for name, tensor in message.tensors.items() if not name.startswith(PREFIX)}
 
 
 def as_tensors(products: Mapping[str, Product], like: Adapter) -> dict[str, Tensor]:

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from ..aggregation import rules
-from ..aggregation.lora import at_scale, fresh, pairs, placed, product, remainder, resized, stacked, travelling
+from ..aggregation.lora import at_scale, pairs, resized, travelling
 from ..message import Message, Reply
 from ..models.train import Adapter
 from .fedllm_merged import (
-    added,
-    as_tensors,
-    combined_adapter,
-    merged_weights,
-    prefixed,
     remembered,
-    unprefixed,
     up_to_date,
 )
 from .lab import Lab, Outbox, Site, State
@@ -68,7 +62,7 @@ class Rule:
 
     def setup(self, lab: Lab) -> State:
         """The server's state before the first round."""
-        return {"adapter": lab.model.initial}
+        return {"adapter": lab.initial}
 
     def share(self, lab: Lab, state: State, cohort: Sequence[str]) -> Outbox:
         """What each site is sent."""
@@ -119,7 +113,7 @@ class FFA(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """B and head train."""
-        return _beside(lab, travelling(lab.model.initial, "A"), first.tensors)
+        return _beside(lab, travelling(lab.initial, "A"), first.tensors)
 
     def sends(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
         """B and head."""
@@ -139,7 +133,7 @@ class RoLoRA(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """One factor and the head train."""
-        held = remembered(site, first, "common") or lab.model.initial
+        held = remembered(site, first, "common") or lab.initial
         common = site.memory["common"] = {**held, **first.tensors}
         return _beside(lab, common, self.sends(lab, common, site.round))
 
@@ -149,7 +143,7 @@ class RoLoRA(Rule):
 
     def expected(self, lab: Lab, sent: Message) -> Adapter:
         """As `initial` has it."""
-        return self.sends(lab, lab.model.initial, lab.round)
+        return self.sends(lab, lab.initial, lab.round)
 
 
 class FedSVD(Rule):
@@ -184,8 +178,8 @@ class FedSA(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """All of it trains."""
-        own = site.memory.get("own", lab.model.initial)
-        return Start({**lab.model.initial, **travelling(own, "B"), **first.tensors})
+        own = site.memory.get("own", lab.initial)
+        return Start({**lab.initial, **travelling(own, "B"), **first.tensors})
 
     def sends(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
         """A and head."""
@@ -203,7 +197,7 @@ class FedSB(Rule):
 
     def setup(self, lab: Lab) -> State:
         """R = 0. Raises ConfigError where the rank is too large for a layer."""
-        return {"adapter": rules.fedsb_start(lab.model.initial, _generator(lab, 0))[1]}
+        return {"adapter": rules.fedsb_start(lab.initial, generator(lab, 0))[1]}
 
     def share(self, lab: Lab, state: State, cohort: Sequence[str]) -> Outbox:
         """The upper left of R, as large as the site's rank."""
@@ -211,7 +205,7 @@ class FedSB(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """R and head train."""
-        frozen = _placed(lab, self.frozen(lab))
+        frozen = on_device(lab, self.frozen(lab))
         return Start(first.tensors, lambda trained: rules.fedsb_adapter(frozen, trained))
 
     def aggregate(self, lab: Lab, state: State, sent: Adapters, weights: Numbers) -> Result:
@@ -233,7 +227,7 @@ class FedSB(Rule):
 
     def frozen(self, lab: Lab) -> Adapter:
         """Orthonormal B and A, a function of the seed."""
-        return rules.fedsb_start(lab.model.initial, _generator(lab, 0))[0]
+        return rules.fedsb_start(lab.initial, generator(lab, 0))[0]
 
 
 # Ranks that differ ----------------------------------------------------------------------------------------------------
@@ -250,14 +244,14 @@ class FlexLoRA(Rule):
 
     def start(self, lab: Lab, site: Site, first: Reply) -> Start:
         """All of it trains, in the scale of its rank."""
-        return Start(first.tensors, _own_scale(lab, first.tensors))
+        return Start(first.tensors, own_scale(lab, first.tensors))
 
     def aggregate(self, lab: Lab, state: State, sent: Adapters, weights: Numbers) -> Result:
         """Components beyond the rank of what was sent get an A that can train."""
         scale, rank = lab.model.scale(), lab.model.rank
         scales = {site: lab.scale(site) for site in sent}
         found = rules.flexlora(sent, weights, scales, scale, rank)
-        state["adapter"] = {**state["adapter"], **resized(found, rank, _silent(lab.model.initial))}
+        state["adapter"] = {**state["adapter"], **resized(found, rank, silent(lab.initial))}
         return Result(found, scale)
 
 
@@ -276,119 +270,9 @@ class HetLoRA(FlexLoRA):
         return Result(found, scale)
 
 
-# What the base takes up -----------------------------------------------------------------------------------------------
-
-
-class FedEx(Rule):
-    """FedEx-LoRA (arXiv:2410.09432): what averaging the factors loses is merged into the base."""
-
-    linear, merges, remembers = False, True, True
-
-    def setup(self, lab: Lab) -> State:
-        """Nothing is merged yet."""
-        return {"adapter": lab.model.initial, "residual": {}, "merged": {}}
-
-    def share(self, lab: Lab, state: State, cohort: Sequence[str]) -> Outbox:
-        """The adapter, and the last residual, or all of them to those who missed some."""
-        common = self.common(state["adapter"])
-
-        def message(rank: int, up: bool) -> Message:
-            facts = {"rank": rank} if self.mixed_ranks else {}
-            if not up:
-                return Message("adapter", {**common, **prefixed(state["merged"])}, facts)
-            return Message("adapter", {**common, **prefixed(state["residual"])}, facts | {"after": lab.round - 1})
-
-        keys = {site: (lab.rank(site), up_to_date(lab, state, site)) for site in cohort}
-        made = {key: message(*key) for key in sorted(set(keys.values()))}
-        return {site: made[key] for site, key in keys.items()}
-
-    def start(self, lab: Lab, site: Site, first: Reply) -> Start:
-        """Merge, then train the adapter."""
-        like = lab.model.initial
-        received = unprefixed(first.tensors)
-        merged = added(remembered(site, first, "merged") or {}, received, like)
-        site.memory["merged"] = merged
-        adapter = self.begin(lab, site, first, {n: t for n, t in first.tensors.items() if not prefixed_name(n)})
-        base, runs = _placed(lab, merged_weights(lab.model, merged)), _own_scale(lab, adapter)
-        return Start(adapter, lambda trained: {**base, **runs(trained)})
-
-    def common(self, adapter: Adapter) -> Adapter:
-        """What all are sent of the adapter."""
-        return adapter
-
-    def begin(self, lab: Lab, site: Site, first: Reply, common: Adapter) -> Adapter:
-        """What trains."""
-        return common
-
-    def expected(self, lab: Lab, sent: Message) -> Adapter:
-        """The adapter."""
-        return {name: tensor for name, tensor in sent.tensors.items() if not prefixed_name(name)}
-
-    def aggregate(self, lab: Lab, state: State, sent: Adapters, weights: Numbers) -> Result:
-        """FedAvg and its residual."""
-        scale, like = lab.model.scale(), lab.model.initial
-        mean, residual = rules.fedex(sent, weights, scale)
-        state["adapter"] = {**state["adapter"], **mean}
-        self.take(lab, state, residual)
-        if not residual:
-            return Result(mean, scale)
-        both = {
-            layer: stacked([(1.0, product(mean, pair, scale)), (1.0, product(residual, pair))])
-            for layer, pair in pairs(like).items()
-        }
-        return Result({**mean, **placed(both, like)}, 1.0)
-
-    def take(self, lab: Lab, state: State, residual: Adapter) -> None:
-        """Merge a change of the base, given as factors whose scale is 1."""
-        like = lab.model.initial
-        state["residual"] = as_tensors({n: product(residual, p) for n, p in pairs(residual).items()}, like)
-        state["merged"] = added(state["merged"], state["residual"], like)
-
-    def adapter(self, lab: Lab, state: State) -> Adapter:
-        """With the base as it is by now."""
-        return {**state["adapter"], **merged_weights(lab.model, state["merged"])}
-
-    def shipped(self, lab: Lab, state: State) -> Adapter:
-        """All that was merged, and the adapter, as one adapter of a larger rank."""
-        like, scale = lab.model.initial, lab.model.scale()
-        own = {layer: product(state["adapter"], pair, scale) for layer, pair in pairs(like).items()}
-        whole = combined_adapter(added(state["merged"], as_tensors(own, like), like), like)
-        return {**remainder(state["adapter"]), **at_scale(whole, 1.0, scale)}
-
-
-class FLoRA(FedEx):
-    """FLoRA (arXiv:2409.05976): the stack of all adapters is merged, and all start again from a new one."""
-
-    mixed_ranks, anew, turns = True, True, True
-
-    def common(self, adapter: Adapter) -> Adapter:
-        """The head; adapters are drawn from the seed."""
-        return remainder(adapter)
-
-    def begin(self, lab: Lab, site: Site, first: Reply, common: Adapter) -> Adapter:
-        """A new adapter of the site's rank."""
-        return {**self.fresh(lab, int(first.fact("rank")), site.round), **common}
-
-    def fresh(self, lab: Lab, rank: int, round: int) -> dict[str, Tensor]:
-        """The adapter that all start a round from: in the first the common one, later A drawn from the seed, B = 0."""
-        start = lab.model.initial if round == 1 else fresh(lab.model.initial, _generator(lab, round))
-        return at_rank(lab, start, rank)
-
-    def expected(self, lab: Lab, sent: Message) -> Adapter:
-        """An adapter of the site's rank."""
-        return at_rank(lab, lab.model.initial, int(sent.fact("rank")))
-
-    def aggregate(self, lab: Lab, state: State, sent: Adapters, weights: Numbers) -> Result:
-        """Stack, merge, and forget the factors."""
-        stack = rules.flora(sent, weights, {site: lab.scale(site) for site in sent})
-        state["adapter"] = {**_silent(state["adapter"]), **remainder(stack)}
-        self.take(lab, state, stack)
-        return Result(stack, 1.0)
-
-
-RULES: dict[str, Rule] = {
-    "fedavg": FedAvg(), "ffa": FFA(), "flora": FLoRA(), "flexlora": FlexLoRA(), "fedex": FedEx(), "rolora": RoLoRA(),
-    "hetlora": HetLoRA(), "fedsb": FedSB(), "fedsvd": FedSVD(), "fedsa": FedSA(),
+AVERAGING: dict[str, Rule] = {
+    "fedavg": FedAvg(), "ffa": FFA(), "rolora": RoLoRA(), "fedsvd": FedSVD(), "fedsa": FedSA(), "fedsb": FedSB(),
+    "flexlora": FlexLoRA(), "hetlora": HetLoRA(),
 }  # fmt: skip
 
 
@@ -402,17 +286,13 @@ def at_rank(lab: Lab, adapter: Adapter, rank: int) -> dict[str, Tensor]:
     return at_scale(resized(adapter, rank), lab.model.scale(), lab.model.scale(rank))
 
 
-def prefixed_name(name: str) -> bool:
-    """Whether a tensor of a message changes the base."""
-    return bool(unprefixed({name: torch.empty(0)}))
-
-
 def _beside(lab: Lab, frozen: Adapter, trained: Adapter) -> Start:
-    held = _placed(lab, frozen)
+    held = on_device(lab, frozen)
     return Start(trained, lambda now: {**held, **now})
 
 
-def _placed(lab: Lab, tensors: Adapter) -> dict[str, Tensor]:
+def on_device(lab: Lab, tensors: Adapter) -> dict[str, Tensor]:
+    """Tensors where the model is."""
     return {name: lab.to_device(tensor) for name, tensor in tensors.items()}
 
 
@@ -426,7 +306,7 @@ def _rescaled(adapter: Adapter, have: float, want: float) -> Adapter:
     return adapter if have == want else at_scale(adapter, have, want)
 
 
-def _own_scale(lab: Lab, adapter: Adapter) -> Callable[[Adapter], dict[str, Tensor]]:
+def own_scale(lab: Lab, adapter: Adapter) -> Callable[[Adapter], dict[str, Tensor]]:
     """What the model, which knows the server's scale alone, runs with for an adapter of this one's rank."""
     rank = next((adapter[pair.a].shape[0] for pair in pairs(adapter).values()), lab.model.rank)
     have, want = lab.model.scale(rank), lab.model.scale()
@@ -437,12 +317,12 @@ def _corner(cores: Adapter, rank: int) -> dict[str, Tensor]:
     return {name: core[:rank, :rank].contiguous() if ".lora_R" in name else core for name, core in cores.items()}
 
 
-def _silent(adapter: Adapter) -> dict[str, Tensor]:
+def silent(adapter: Adapter) -> dict[str, Tensor]:
     """The same with B = 0: it changes no weight, and can train."""
     zeros = {pair.b: torch.zeros_like(adapter[pair.b]) for pair in pairs(adapter).values()}
     return {**adapter, **zeros}
 
 
-def _generator(lab: Lab, round: int) -> torch.Generator:
+def generator(lab: Lab, round: int) -> torch.Generator:
     """What all sides draw alike in a round."""
     return torch.Generator().manual_seed(lab.dropout_seed(round, "factors", 0))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..aggregation.adapters import normalised
 from ..errors import MessageError
 from ..message import Message, Reply
+from ..models.cut import WHOLE
 from ..models.train import Adapter
 from .lab import Lab, ServerProgram, Site, State, weights_of
 
@@ -30,7 +31,7 @@ class Seeds:
 
     def setup(self, lab: Lab) -> State:
         """No seed has been walked along yet."""
-        return {"adapter": lab.model.initial, "seeds": {"sums": torch.zeros(self.number, dtype=torch.float64)}}
+        return {"adapter": lab.initial, "seeds": {"sums": torch.zeros(self.number, dtype=torch.float64)}}
 
     def server(self, lab: Lab, state: State, cohort: Sequence[str]) -> ServerProgram:
         """Send the sums of all seeds, add the weighted mean of what comes back, replay."""
@@ -70,15 +71,15 @@ class Seeds:
 
     def replayed(self, lab: Lab, sums: Tensor) -> dict[str, Tensor]:
         """θ₀ − η Σ_s G_s z_s, summed in fp64 in the order of the seeds: the same bits wherever it is done."""
-        moved = {name: tensor.double() for name, tensor in lab.model.initial.items()}
+        moved = {name: tensor.double() for name, tensor in lab.initial.items()}
         for seed in sums.nonzero().flatten().tolist():
             for name, z in self.direction(lab, seed).items():
                 moved[name] = moved[name] - lab.train.rate(name) * float(sums[seed]) * z.double()
-        return {name: tensor.to(lab.model.initial[name].dtype) for name, tensor in moved.items()}
+        return {name: tensor.to(lab.initial[name].dtype) for name, tensor in moved.items()}
 
     def walk(self, lab: Lab, start: Adapter, site: Site) -> dict[int, float]:
         """The sum of g for each seed that a site's steps along its batches touched."""
-        lab.hold(lab.model.held_bytes((-1, None)) + 2 * sum(t.numel() * t.element_size() for t in start.values()))
+        lab.hold(lab.model.held_bytes(WHOLE) + 2 * sum(t.numel() * t.element_size() for t in start.values()))
         here = {name: tensor.double() for name, tensor in start.items()}
         walked: dict[int, float] = {}
         with torch.no_grad():
@@ -97,7 +98,7 @@ class Seeds:
     def direction(self, lab: Lab, seed: int) -> dict[str, Tensor]:
         """z_s ~ N(0, 1), always drawn on the CPU: devices draw differently."""
         generator = torch.Generator().manual_seed(lab.dropout_seed(0, "direction", seed))
-        return {name: _normal(lab.model.initial[name], generator) for name in sorted(lab.model.initial)}
+        return {name: _normal(lab.initial[name], generator) for name in sorted(lab.initial)}
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -216,7 +216,12 @@ class Lab:
         if logits.shape != expected:
             raise MessageError(f"{who} sent logits {tuple(logits.shape)}; this public set wants {expected}")
 
-    # Ranks and scales ------------------------------------------------------------------------------------------------
+    # What servers and sites share -------------------------------------------------------------------------------------
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """The adapter that all start from, where messages and states are: on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self.model.initial.items()}
 
     def rank(self, site: str) -> int:
         """The rank of a site's adapter."""

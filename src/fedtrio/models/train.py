@@ -30,7 +30,9 @@ class TrainConfig(BaseModel):
     pad_to_multiple_of: int = Field(
         default=1, ge=1, description="pad each batch to such a width: fewer shapes, so less memory in bf16 on a CPU"
     )
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="fresh in every round")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        default="adamw", description="fresh in every round, unless fedllm.keep_optimizer"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled for adamw, L2 for sgd")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
