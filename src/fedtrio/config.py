@@ -17,7 +17,7 @@ from .coding import Coding, Use, codecs_of
 from .data.load import DataConfig
 from .data.partition import PartitionConfig
 from .errors import ConfigError, did_you_mean
-from .frameworks import FRAMEWORKS, KD, Centralized, FedLLM, Local, Split
+from .frameworks import FRAMEWORKS, KD, PROTOCOLS, Centralized, FedLLM, Local, Split
 from .frameworks.guards import Guards
 from .frameworks.lab import Framework
 from .models.adapter import LoraConfig
@@ -149,11 +149,15 @@ class Config(BaseModel):
 
     def framework(self, name: str) -> Framework:
         """The framework of that name with its settings."""
-        built = {"fedllm": self.fedllm, "kd": self.kd, "split": self.split}
+        kd = PROTOCOLS[self.kd.protocol](**dict(self.kd))
+        built = {"fedllm": self.fedllm, "kd": kd, "split": self.split}
         return built[name] if name in built else {"centralized": Centralized(), "local": Local()}[name]
 
     def resolved(self) -> Config:
-        """The same configuration with every `auto` decided and paths absolute; itself a valid input."""
+        """The same configuration with every `auto` decided and paths absolute; itself a valid input.
+
+        Raises ConfigError for settings of kd that do not go with the others.
+        """
         device = pick_device(self.device)
         causal = self.task == "causal-lm"
         labels = self.split.labels if self.split.labels != "auto" else ("client" if causal else "server")
@@ -161,14 +165,38 @@ class Config(BaseModel):
             "device": device.type,
             "train": self.train.model_copy(update={"precision": pick_precision(self.train.precision, device)}),
             "split": self.split.model_copy(update={"labels": labels}),
+            "kd": self._kd(),
             "partition": self.partition or PartitionConfig(name="iid" if causal else "dirichlet"),
             "threads": self.threads or usable_cores(),
             "data": self.data.model_copy(update={k: self._absolute(getattr(self.data, k)) for k in _PATHS}),
-            "model": self.model if self.model in BUILT_IN else self._absolute(self.model),
+            "model": self._place(self.model),
         }
         config = self.model_copy(update=changed)
         config._base = self._base
         return config
+
+    def _kd(self) -> KD:
+        """KD's codec decided and its models found."""
+        kd, causal, coding = self.kd, self.task == "causal-lm", self.wire.coding(0)
+        wired, budget = "logits" in {*coding.up, *coding.down}, kd.upload_bytes or kd.upload_rate
+        if kd.protocol == "fedmkt" and not causal and "kd" in self.frameworks:
+            raise ConfigError(
+                "kd.protocol fedmkt weighs a model by its own loss on the public texts, which bear no labels in "
+                "classification: choose standard, fedmd, dsfl or feddf, or task: causal-lm"
+            )
+        if wired and (budget or {kd.logits, kd.logits_down or "none"} - {"auto", "none"}):
+            raise ConfigError("logits would be encoded twice: write their codec into kd.logits or into wire, not both")
+        logits = kd.logits
+        if logits == "auto":
+            rest = "absent" if kd.aggregation == "union" else "logits"
+            kept = "32" if causal else "1.0"  # of classes as many as the budget has room for
+            logits = f"topk:{kept}:{rest}+fp16" if (causal or budget) and not wired else "none"
+        return kd.model_copy(
+            update={"logits": logits, "models": {site: self._place(model) for site, model in kd.models.items()}}
+        )
+
+    def _place(self, model: str) -> str:
+        return model if model in BUILT_IN else self._absolute(model)
 
     def _absolute(self, value: Any) -> Any:
         path = self._base / value if isinstance(value, str) else None
@@ -195,6 +223,9 @@ class SiteConfig(BaseModel):
 
     data: DataConfig = Field(default_factory=DataConfig, description="its own file and columns")
     model: str | None = Field(default=None, description="where the model lies here; null: as the server names it")
+    kd_model: str | None = Field(
+        default=None, description="a model of its own for kd, which the server need not know; null: as for the others"
+    )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; null: as many as the server uses"
@@ -202,7 +233,7 @@ class SiteConfig(BaseModel):
 
     _base: Path = PrivateAttr(default_factory=Path)
 
-    @field_validator("model")
+    @field_validator("model", "kd_model")
     @classmethod
     def _model_is_named(cls, value: str | None) -> str | None:
         return value if value is None else _named(value)

@@ -141,12 +141,17 @@ def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (counted != -100).sum().clamp(min=1)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, weights_N: Tensor | None = None) -> Tensor:
     """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over rows; both are logits [N, C].
+
+    With weights each row's part is multiplied by its own.
 
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531): the factor T² keeps the
     gradient's size independent of T.
     """
     log_q = F.log_softmax(teacher / temperature, dim=-1)
     log_p = F.log_softmax(student / temperature, dim=-1)
+    if weights_N is not None:
+        rows_N = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+        return temperature**2 * (weights_N * rows_N).mean()
     return temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
