@@ -79,9 +79,6 @@ def test_any_mix_of_models_classifies(unlike: str, tmp_path: Path) -> None:
     assert len({site["client_peak_bytes"] for site in sites.values()}) == 3
     assert len({site["bytes_up"] for site in sites.values()}) == 1
     assert all(0 <= site["accuracy"] <= 1 for site in sites.values())
-    common = compare(config(), tmp_path / "common")["runs"][0]
-    assert common["adapter_sha256"] != run["adapter_sha256"]
-    assert common["sites"][2]["client_flops"] == run["sites"][2]["client_flops"]
 
 
 @pytest.mark.slow
@@ -102,7 +99,7 @@ class Pulled(Exception):
     "settings",
     [
         ["kd.protocol=fedmd", "unlike"],
-        ["kd.protocol=feddf"],
+        pytest.param(["kd.protocol=feddf"], marks=pytest.mark.slow),
         pytest.param(["kd.protocol=fedmkt", "task=causal-lm", "kd.public_weight=0.5"], marks=pytest.mark.slow),
         pytest.param(["kd.protocol=dsfl", "kd.aggregation=power", "kd.public_per_round=4"], marks=pytest.mark.slow),
     ],
@@ -117,6 +114,7 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bits(settings: list[str], un
     whole = compare(setup, tmp_path / "whole", jobs=1)["runs"][0]
     with pytest.raises(Pulled):
         compare(setup, tmp_path / "broken", pull, jobs=1)
+    assert list((tmp_path / "broken" / "kd-0" / "rounds").glob("round-*"))
     resumed = compare(setup, tmp_path / "broken", jobs=1)["runs"][0]
     assert resumed["adapter_sha256"] == whole["adapter_sha256"] and len(resumed["curve"]) == 2
     assert [site["accuracy"] for site in resumed["sites"]] == [site["accuracy"] for site in whole["sites"]]

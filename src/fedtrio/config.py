@@ -199,6 +199,8 @@ class Config(BaseModel):
         return model if model in BUILT_IN else self._absolute(model)
 
     def _absolute(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._absolute(part) for part in value]
         path = self._base / value if isinstance(value, str) else None
         return str(path.resolve()) if path is not None and os.path.exists(path) else value  # never an OSError
 
