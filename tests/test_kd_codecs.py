@@ -12,7 +12,7 @@ from test_kd import logits
 from tiny import LABELS, VOCAB, adapted, distance, federation, lab, play, public_set, same
 
 from fedtrio.codecs import Crossing, Spec
-from fedtrio.config import load_config
+from fedtrio.config import Config, load_config
 from fedtrio.errors import ConfigError, MessageError
 from fedtrio.frameworks import KD
 from fedtrio.frameworks.kd_logits import codec_of, fitted, top_k
@@ -117,13 +117,16 @@ def test_each_site_has_its_own_k():
 
 def test_auto_is_top_k_for_language_models():
     def resolved(*settings: str) -> KD:
-        return load_config(settings=settings).resolved().kd
+        found = load_config(settings=settings).resolved()
+        assert Config.model_validate(found.model_dump()).kd == found.kd  # a resolved configuration is a valid one
+        return found.kd
 
     assert resolved().logits == "none"
     assert resolved("task=causal-lm").logits == "topk:32:logits+fp16"
     assert resolved("task=causal-lm", "kd.aggregation=union").logits == "topk:32:absent+fp16"
     assert resolved("task=causal-lm", "kd.logits=none").logits == "none"
     assert resolved("task=causal-lm", "wire.up=int8").logits == "none"  # the wire encodes them already
+    assert resolved("task=causal-lm", "kd.protocol=feddf").logits == "none"
     assert resolved("kd.upload_bytes=1000").logits == "topk:1.0:logits+fp16"
 
 
@@ -137,6 +140,9 @@ def test_auto_is_top_k_for_language_models():
         (["kd.upload_rate=100"], "upload_rate and upload_seconds go together"),
         (["kd.upload_bytes=100", "kd.logits=int8"], "a budget chooses k: it needs logits topk:…, not int8"),
         (["kd.protocol=feddf", "kd.models={a: nano}"], "feddf averages adapters, so all sites hold the same model"),
+        (["kd.protocol=feddf", "kd.logits=int8"], "feddf sends adapters and no logits"),
+        (["kd.sharpening=0.5"], "sharpening is of era, power, confidence, not of aggregation logits"),
+        (["kd.public_weight=0.5"], "public_weight is of protocol fedmkt, not of standard"),
         (["kd.logits=int8", "wire.up=fp16"], "logits would be encoded twice"),
         (["kd.upload_bytes=100", "wire.down={logits: fp16}"], "logits would be encoded twice"),
         (["kd.protocol=fedmkt"], "fedmkt weighs a model by its own loss on the public texts, which bear no labels"),
@@ -154,16 +160,16 @@ def test_the_run_says_what_full_logits_would_cost():
     model = adapted("gpt2", "causal-lm", "fp32")
     setting = lab(model)
     rows = setting.public.target_tokens()
-    (said,) = KD(logits="topk:4:logits+fp16").foresee(setting, ["a", "b"])
+    (said,) = KD(logits="topk:4:logits+fp16").foresee(setting, ["a", "b"], 2)
     full = rows * VOCAB * 4
     assert f"{rows * 14 / 1e6:,.2f} MB of logits a site and round; in full they would be {full / 1e6:,.2f} MB" in said
-    assert f"({rows} tokens x {VOCAB} words)" in said and KD().foresee(setting, ["a"]) == []
-    (said,) = KD(aggregation="era", protocol="dsfl").foresee(setting, ["a", "b"])
+    assert f"({rows} tokens x {VOCAB} words)" in said and KD().foresee(setting, ["a"], 1) == []
+    (said,) = KD(aggregation="era", protocol="dsfl").foresee(setting, ["a", "b"], 2)
     assert "era flattens over 97 classes: at T = 0.1 a consensus of 30% becomes 17% at most" in said
-    with pytest.raises(ConfigError, match="median needs 3 sites, and there are 2"):
-        KD(aggregation="median").foresee(setting, ["a", "b"])
+    with pytest.raises(ConfigError, match="median needs 3 sites, and 2 take part in a round"):
+        KD(aggregation="median").foresee(setting, ["a", "b", "c", "d"], 2)
     with pytest.raises(ConfigError, match="b may send 10 bytes"):
-        KD(logits="topk:4:logits", upload_bytes={"b": 10}).foresee(setting, ["a", "b"])
+        KD(logits="topk:4:logits", upload_bytes={"b": 10}).foresee(setting, ["a", "b"], 2)
 
 
 # Guards ---------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tiny import LABELS, adapted, distance, federation, lab, play, public_set, r
 
 from fedtrio.aggregation.logits import mean_logits
 from fedtrio.data.batches import Encoded
+from fedtrio.errors import QuorumError
 from fedtrio.frameworks import KD, FedDF, FedLLM, FedMD, FedMKT, Local
 from fedtrio.frameworks.kd_fedmkt import Knowledge, knowledge, least_loss
 from fedtrio.frameworks.lab import Framework
@@ -194,6 +195,14 @@ def test_fedmkt_leaves_a_student_alone_that_knows_best():
     assert all(same(run.sites[s].memory["adapter"], alone.sites[s].memory["adapter"]) for s in alone.sites)
     taught = play(FedMKT(logits="topk:8:logits+fp16"), model, SIZES)
     assert not same(taught.sites["site-1"].memory["adapter"], alone.sites["site-1"].memory["adapter"])
+
+
+@pytest.mark.parametrize("method", [KD(aggregation="median"), FedDF(aggregation="trimmed", trim=1)])
+def test_a_rule_that_needs_more_sites_than_are_left(method: KD):
+    """The round ends like any with too few sites, and leaves no trace."""
+    with pytest.raises(QuorumError, match=r"round 1: kd\.aggregation (median|trimmed) needs 3 sites, and 2 are left"):
+        play(method, adapted("gpt2"), (5, 3), n=1)
+    assert not same(play(method, adapted("gpt2"), SIZES, n=1).adapter, adapted("gpt2").initial)
 
 
 # All ------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from .checkpoint import write_whole
 from .config import Config, WireConfig, load_config
 from .errors import ConfigError
 from .meter import Meter
-from .run import OnRound
+from .run import OnRound, sample
 from .workers import Workers
 
 SCHEMA_VERSION = 1
@@ -151,8 +151,10 @@ def warnings_of(bench: Bench) -> list[str]:
         found.append("split.cut is 0: the server can read the texts off the embeddings that sites send")
     if "kd" in config.frameworks:
         method, seed = config.framework("kd"), config.seeds[0]
-        here = [share.name for share in bench.roster(method, seed)] if len(bench.corpus.train) else []
-        found += method.foresee(bench.lab(method, seed, Meter()), here or config.wire.sites or [])
+        here = [share.name for share in bench.roster(method, seed)] if len(bench.corpus.train) else config.wire.sites
+        if sites := here or []:
+            cohort = len(sample(sites, config.participation, seed, 1))
+            found += method.foresee(bench.lab(method, seed, Meter()), sites, cohort)
     if not len(bench.corpus.train):
         return found  # the sites are elsewhere
     small = min((len(share.indices) for share in bench.shares(config.seeds[0])), default=0)

@@ -177,23 +177,11 @@ class Config(BaseModel):
 
     def _kd(self) -> KD:
         """KD's codec decided and its models found."""
-        kd, causal, coding = self.kd, self.task == "causal-lm", self.wire.coding(0)
-        wired, budget = "logits" in {*coding.up, *coding.down}, kd.upload_bytes or kd.upload_rate
-        if kd.protocol == "fedmkt" and not causal and "kd" in self.frameworks:
-            raise ConfigError(
-                "kd.protocol fedmkt weighs a model by its own loss on the public texts, which bear no labels in "
-                "classification: choose standard, fedmd, dsfl or feddf, or task: causal-lm"
-            )
-        if wired and (budget or {kd.logits, kd.logits_down or "none"} - {"auto", "none"}):
-            raise ConfigError("logits would be encoded twice: write their codec into kd.logits or into wire, not both")
-        logits = kd.logits
-        if logits == "auto":
-            rest = "absent" if kd.aggregation == "union" else "logits"
-            kept = "32" if causal else "1.0"  # of classes as many as the budget has room for
-            logits = f"topk:{kept}:{rest}+fp16" if (causal or budget) and not wired else "none"
-        return kd.model_copy(
-            update={"logits": logits, "models": {site: self._place(model) for site, model in kd.models.items()}}
-        )
+        coding = self.wire.coding(0)
+        kd = self.kd.resolved("logits" in {*coding.up, *coding.down}, self.task == "causal-lm")
+        if "kd" in self.frameworks:
+            kd.check_task(self.task)
+        return kd.model_copy(update={"models": {site: self._place(model) for site, model in kd.models.items()}})
 
     def _place(self, model: str) -> str:
         return model if model in BUILT_IN else self._absolute(model)

@@ -19,15 +19,16 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..aggregation.logits import ERA, absent, aggregate, reduced
+from ..aggregation.logits import ERA, SHARPENED, Logits, absent, aggregate, reduced
 from ..codecs import Codec, Crossing, Spec
-from ..errors import ConfigError, MessageError
+from ..errors import ConfigError, MessageError, QuorumError
 from ..message import Fact, Message, Reply
 from ..models.adapter import LoraConfig
 from ..models.train import Adapter
 from .kd_logits import codec_of, fitted, of_site, top_k
 from .lab import ClientProgram, Framework, Lab, ServerProgram, Site, State, weights_of
 
+Protocol = Literal["standard", "fedmd", "dsfl", "feddf", "fedmkt"]
 Rule = Literal["logits", "probabilities", "era", "power", "confidence", "union", "median", "trimmed"]
 NEED_ALL = ("logits", "median", "trimmed")  # rules that a class which was not sent would carry off
 CONSENSUS = 0.3  # where era makes this less, it flattens more texts than it sharpens
@@ -37,7 +38,7 @@ Bytes = Annotated[float, Field(gt=0)]
 class KD(Framework):
     """Federated distillation. The public set bears no labels, so the cross-entropy part is the private training."""
 
-    protocol: Literal["standard", "fedmd", "dsfl", "feddf", "fedmkt"] = Field(
+    protocol: Protocol = Field(
         default="standard",
         description="standard; fedmd (digest, then revisit); dsfl; feddf (adapters up, an ensemble at the server); "
         "fedmkt (only what the other knows better; causal-lm)",
@@ -101,7 +102,37 @@ class KD(Framework):
             raise ValueError(f"a budget chooses k: it needs logits topk:…, not {self.logits}")
         if self.protocol == "feddf" and self.models:
             raise ValueError("feddf averages adapters, so all sites hold the same model: leave out models")
+        if self.protocol == "feddf" and (self.logits not in ("auto", "none") or self.upload_bytes or self.upload_rate):
+            raise ValueError("feddf sends adapters and no logits: leave out logits and budgets; wire.up has codecs")
+        if self.sharpening and self.aggregation not in SHARPENED:
+            raise ValueError(f"sharpening is of {', '.join(SHARPENED)}, not of aggregation {self.aggregation}")
+        if self.public_weight and self.protocol != "fedmkt":
+            raise ValueError(f"public_weight is of protocol fedmkt, not of {self.protocol}")
         return self
+
+    def resolved(self, wired: bool, causal: bool) -> KD:
+        """The same settings with the codec decided; `wired`: the wire encodes logits. ConfigError where both do."""
+        budget = self.upload_bytes or self.upload_rate
+        if wired and (budget or {self.logits, self.logits_down or "none"} - {"auto", "none"}):
+            raise ConfigError("logits would be encoded twice: write their codec into kd.logits or into wire, not both")
+        if self.logits != "auto":
+            return self
+        rest, kept = "absent" if self.aggregation == "union" else "logits", "32" if causal else "1.0"
+        sparse = (causal or budget) and not wired and self.protocol != "feddf"  # 1.0: as many as there is room for
+        return self.model_copy(update={"logits": f"topk:{kept}:{rest}+fp16" if sparse else "none"})
+
+    def check_task(self, task: str) -> None:
+        """Raises ConfigError for a protocol that is not for this task."""
+        if self.protocol == "fedmkt" and task != "causal-lm":
+            raise ConfigError(
+                "kd.protocol fedmkt weighs a model by its own loss on the public texts, which bear no labels in "
+                "classification: choose standard, fedmd, dsfl or feddf, or task: causal-lm"
+            )
+
+    @property
+    def needed(self) -> int:
+        """How many sites the aggregation needs."""
+        return {"median": 3, "trimmed": 2 * self.trim + 1}.get(self.aggregation, 1)
 
     # The round -----------------------------------------------------------------------------------------------------
 
@@ -116,7 +147,7 @@ class KD(Framework):
         if not len(lab.public):
             return
         rows = {site: self.read(lab, reply, site, site) for site, reply in inbox.items()}
-        teacher = aggregate(self.aggregation, rows, weights_of(inbox), self.sharpening, self.trim)
+        teacher = self.aggregate(lab, rows, weights_of(inbox))
         state["student"] = lab.distil(
             state["student"],
             teacher,
@@ -139,6 +170,13 @@ class KD(Framework):
         answer = yield self.message(lab, "logits", lab.predict(adapter), site.round, site.name, facts)
         site.memory["adapter"] = self.digest(lab, site, adapter, self.read(lab, answer, "the server"))
         return Message("done")
+
+    def aggregate(self, lab: Lab, logits: Logits, weights: Mapping[str, float]) -> Tensor:
+        """The sites' logits as one. Raises QuorumError where the rule needs more sites than are left."""
+        if len(logits) < self.needed:
+            rule = f"kd.aggregation {self.aggregation} needs {self.needed} sites"
+            raise QuorumError(f"round {lab.round}: {rule}, and {len(logits)} are left")
+        return aggregate(self.aggregation, logits, weights, self.sharpening, self.trim)
 
     def digest(self, lab: Lab, site: Site, adapter: Adapter, teacher: Tensor) -> Adapter:
         """A site's adapter, distilled from the aggregate."""
@@ -233,14 +271,13 @@ class KD(Framework):
 
     # Before the run ------------------------------------------------------------------------------------------------
 
-    def foresee(self, lab: Lab, sites: Sequence[str]) -> list[str]:
+    def foresee(self, lab: Lab, sites: Sequence[str], cohort: int) -> list[str]:
         """What should be known before: what logits cost, and where era flattens. ConfigError for what can't be."""
         found = []
-        if self.protocol == "feddf":
-            return found
-        needed = {"median": 3, "trimmed": 2 * self.trim + 1}.get(self.aggregation, 1)
-        if len(sites) < needed:
-            raise ConfigError(f"kd.aggregation {self.aggregation} needs {needed} sites, and there are {len(sites)}")
+        if cohort < self.needed:
+            raise ConfigError(
+                f"kd.aggregation {self.aggregation} needs {self.needed} sites, and {cohort} take part in a round"
+            )
         classes = lab.model.classes
         temperature = ERA if self.sharpening is None else self.sharpening
         if self.aggregation == "era" and (left := reduced(CONSENSUS, classes, temperature)) < CONSENSUS:
@@ -249,7 +286,7 @@ class KD(Framework):
                 f"{CONSENSUS:.0%} becomes {left:.0%} at most; power does not"
             )
         lab = self.of_round(lab, 1)
-        if not len(lab.public):
+        if not len(lab.public) or self.protocol == "feddf":
             return found
         spec = _spec(lab)
         sizes = [self.codec(lab, site).payload_bytes({"logits": spec}) for site in sites]

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..aggregation.adapters import weighted_mean
-from ..aggregation.logits import aggregate
 from ..message import Message, Reply
 from ..models.train import Adapter
-from .kd import KD
+from .kd import KD, Protocol
 from .lab import Lab, ServerProgram, Site, State, weights_of
 
 
 class FedDF(KD):
     """A server ensemble from uploaded adapters."""
+
+    protocol: Protocol = "feddf"
 
     def server(self, lab: Lab, state: State, cohort: Sequence[str]) -> ServerProgram:
         """Broadcast, let them train, average, and distil the ensemble into the average."""
@@ -28,7 +29,7 @@ class FedDF(KD):
         lab = self.of_round(lab, lab.round)
         if len(lab.public) and self.server_epochs:
             logits = {site: lab.predict(self._on_device(lab, adapter)) for site, adapter in adapters.items()}
-            teacher = aggregate(self.aggregation, logits, dict.fromkeys(logits, 1.0), self.sharpening, self.trim)
+            teacher = self.aggregate(lab, logits, dict.fromkeys(logits, 1.0))
             epochs, rate = self.server_epochs, self.distill_learning_rate
             student = lab.distil(student, teacher, lab.round, "server", epochs, self.temperature, learning_rate=rate)
         state["student"] = student

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from ..message import Message, Reply
 from ..models.train import Adapter
-from .kd import KD
+from .kd import KD, Protocol
 from .lab import ClientDialogue, Lab, Site, State
 
 
 class FedMD(KD):
     """Digest and revisit."""
+
+    protocol: Protocol = "fedmd"
 
     def client(self, lab: Lab, site: Site, first: Reply) -> ClientDialogue:
         """Communicate, digest, revisit."""

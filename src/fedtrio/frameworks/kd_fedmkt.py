@@ -23,7 +23,7 @@ from ..data.batches import IGNORE
 from ..errors import MessageError
 from ..message import Message, Reply
 from ..models.train import Adapter
-from .kd import KD
+from .kd import KD, Protocol
 from .lab import ClientDialogue, Lab, ServerProgram, Site, State
 
 
@@ -36,6 +36,8 @@ class Knowledge(NamedTuple):
 
 class FedMKT(KD):
     """Selective transfer between a server's model and the sites'."""
+
+    protocol: Protocol = "fedmkt"
 
     def server(self, lab: Lab, state: State, cohort: Sequence[str]) -> ServerProgram:
         """Ask for knowledge, let the student learn what others know better, and send what it knows then."""

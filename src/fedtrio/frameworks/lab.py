@@ -72,8 +72,8 @@ class Framework(BaseModel):
         """Blocks before which the model is cut."""
         return ()
 
-    def foresee(self, lab: Lab, sites: Sequence[str]) -> list[str]:
-        """What a user should know before a run with these sites. Raises ConfigError for what can't be."""
+    def foresee(self, lab: Lab, sites: Sequence[str], cohort: int) -> list[str]:
+        """What to know before a run with these sites, `cohort` of them in a round. ConfigError for what can't be."""
         return []
 
     def model_of(self, site: str) -> tuple[str, LoraConfig | None] | None:
