@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from remotes import Launch, World, write_yaml
 from safetensors.torch import load_file
 
 from fedtrio import Config
 from fedtrio.bench import Bench
+from fedtrio.checks.finding import Seen
+from fedtrio.checks.model import examine_model
 from fedtrio.compare import compare
 from fedtrio.config import SiteConfig, load_config
-from fedtrio.errors import ConfigError
+from fedtrio.errors import ConfigError, ModelError
 from fedtrio.frameworks import KD
 from fedtrio.message import Message, decode, encode
 from fedtrio.meter import Meter
@@ -170,3 +173,32 @@ def test_a_site_elsewhere_may_hold_what_the_server_does_not_know(tmp_path: Path)
     lab.round = 1
     method.check(lab, "mill", Message("start"), decode(frame))
     assert host._sites["kd-0"]._lab.model.width == 24 != lab.model.width
+
+
+def test_the_doctor_looks_at_own_models(unlike: str, tmp_path: Path) -> None:
+    setup = config(unlike).resolved()
+    found = [finding.text for finding in examine_model(setup, Seen("classification", 20, 3))]
+    assert any("bert: 0 MB, for sites with a model of their own (kd.models)" in text for text in found), found
+    with pytest.raises(ModelError, match="no such folder"):
+        list(examine_model(config(f"kd.models={{a: {tmp_path / 'none'}}}").resolved(), Seen("classification", 20, 3)))
+
+
+@pytest.mark.slow
+def test_over_https_as_in_one_process(tmp_path: Path) -> None:
+    """One site brings a model that the server's settings do not name, and holds the common one for FedLLM."""
+    world, own = World(tmp_path / "world"), folder(tmp_path / "own", "bert")
+    mine = {"data": {"train": "ada.csv", "test": "test.csv"}, "threads": 1, "kd_model": str(own)}
+    write_yaml(world.folder / "ada.yaml", mine)
+    settings = ["frameworks=[fedllm,kd]", "kd.lora={r: 4, target_modules: all-linear}", "kd.logits=topk:4:logits+int8"]
+    with Launch(world, settings) as run:
+        run.start()
+        run.finish()
+        there = run.results()["runs"]
+    here = load_config(world.folder / "loop.yaml", [*settings, f"kd.models={{ada: {own}}}"])
+    for ours, theirs in zip(there, compare(here, tmp_path / "loop", jobs=1)["runs"], strict=True):
+        assert ours["adapter_sha256"] == theirs["adapter_sha256"]
+        assert [(s["bytes_up"], s["client_flops"]) for s in ours["sites"]] == [
+            (s["bytes_up"], s["client_flops"]) for s in theirs["sites"]
+        ]
+    flops = {site["name"]: site["client_flops"] / site["examples"] for site in there[1]["sites"]}
+    assert flops["ada"] < flops["bob"] / 2
