@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,7 +19,7 @@ from fedtrio.aggregation.logits import mean_logits
 from fedtrio.data.batches import Encoded
 from fedtrio.errors import QuorumError
 from fedtrio.frameworks import KD, FedDF, FedLLM, FedMD, FedMKT, Local
-from fedtrio.frameworks.kd_fedmkt import Knowledge, knowledge, least_loss
+from fedtrio.frameworks.kd_fedmkt import Knowledge, knowledge, least_loss, mixture
 from fedtrio.frameworks.lab import Framework
 from fedtrio.message import Reply
 from fedtrio.models.train import distillation_loss, task_loss
@@ -148,6 +149,19 @@ def test_least_loss_by_hand():
     found = least_loss({name: Knowledge(rows[name], torch.tensor(losses[name])) for name in "cba"}, [1, 2, 1])
     assert found.logits[:, 0].tolist() == [0.0, 11.0, 12.0, 3.0]  # the last is a tie: the first by name
     assert found.losses_M.tolist() == [1.0, 0.5, 2.0]
+
+
+def test_mixture_by_hand():
+    """Two parties, one text of one row and one of two: softmax of e^−1 and e^−3, then of equal rewards."""
+    z = {"a": torch.tensor([[2.0, 0.0]] * 3).double(), "b": torch.tensor([[0.0, 1.0]] * 3).double()}
+    losses = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 2.0])}
+    found = mixture({name: Knowledge(z[name], losses[name]) for name in "ba"}, [1, 2]).exp()
+    a, b = z["a"][0].softmax(-1), z["b"][0].softmax(-1)
+    w = math.exp(math.exp(-1)) / (math.exp(math.exp(-1)) + math.exp(math.exp(-3)))
+    assert float((found - torch.stack([w * a + (1 - w) * b, (a + b) / 2, (a + b) / 2])).abs().max()) < 1e-12
+    model = adapted("gpt2", "causal-lm")
+    mixed, best = play(FedMKT(selection="weighted"), model, SIZES, n=1), play(FedMKT(), model, SIZES, n=1)
+    assert not same(mixed.adapter, best.adapter)
 
 
 def test_fedmkt_learns_only_what_others_know_better():

@@ -57,6 +57,10 @@ class KD(Framework):
     public_weight: float = Field(
         default=0.0, ge=0, description="fedmkt: weight of the cross-entropy on the public texts themselves"
     )
+    selection: Literal["greatest", "weighted"] = Field(
+        default="greatest",
+        description="fedmkt: on each text who knows it best, where that is better; or all by the softmax of e^-loss",
+    )
     distill_epochs: int = Field(default=1, ge=0, description="passes of a site over the public set in a round")
     server_epochs: int = Field(
         default=1,
@@ -106,6 +110,8 @@ class KD(Framework):
             raise ValueError("feddf sends adapters and no logits: leave out logits and budgets; wire.up has codecs")
         if self.sharpening and self.aggregation not in SHARPENED:
             raise ValueError(f"sharpening is of {', '.join(SHARPENED)}, not of aggregation {self.aggregation}")
+        if self.selection != "greatest" and self.protocol != "fedmkt":
+            raise ValueError(f"selection is of protocol fedmkt, not of {self.protocol}")
         if self.public_weight and self.protocol != "fedmkt":
             raise ValueError(f"public_weight is of protocol fedmkt, not of {self.protocol}")
         return self

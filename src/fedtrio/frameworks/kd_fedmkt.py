@@ -3,9 +3,10 @@
 "FedMKT: Federated Mutual Knowledge Transfer for Large and Small Language Models" (arXiv:2406.02224). Every party tells,
 beside its logits, its own cross-entropy on each public text, whose next tokens are known to all. The server's student
 takes for each text the logits of the site with the least (the greatest reward e^−CE), and only where that is less than
-its own; each site then takes the student's where these are better than its own (DualMinCE). The loss is
-`public_weight`·CE + `distill_weight`·T²·KL; the authors' code has 0.9, 0.1 and T = 1, and `topk:128`. Models share a
-tokenizer; the alignment of unlike vocabularies (MinED) is not here.
+its own; each site then takes the student's where these are better than its own (DualMinCE). `selection: weighted` mixes
+the distributions of all, one's own among them, by the softmax of rewards. The loss is `public_weight`·CE +
+`distill_weight`·T²·KL; the authors' code has 0.9, 0.1 and T = 1, and `topk:128`. Models share a tokenizer; the
+alignment of unlike vocabularies (MinED) is not here.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ class FedMKT(KD):
         if not len(lab.public):
             return
         theirs = {site: self._heard(lab, reply, site, site) for site, reply in inbox.items()}
-        best = least_loss(theirs, lab.public_rows)
-        student = self._learn(lab, state["student"], best, "server", lab.round, self.server_epochs)
+        student = self._learn(lab, state["student"], theirs, "server", lab.round, self.server_epochs)
         state["student"] = student
         yield dict.fromkeys(inbox, self._said(lab, "aggregated logits", knowledge(lab, student), lab.round))
 
@@ -60,7 +60,7 @@ class FedMKT(KD):
             return Message("done", {}, {"weight": weight})
         said = self._said(lab, "logits", knowledge(lab, adapter), site.round, site.name)
         answer = yield replace(said, facts={"weight": weight})
-        heard = self._heard(lab, answer, "the server")
+        heard = {"the server": self._heard(lab, answer, "the server")}
         site.memory["adapter"] = self._learn(lab, adapter, heard, site.name, site.round, self.distill_epochs)
         return Message("done")
 
@@ -72,16 +72,21 @@ class FedMKT(KD):
             reply = replace(reply, tensors={name: t for name, t in reply.tensors.items() if name != "losses"})
         super().check(lab, site, sent, reply)
 
-    def _learn(self, lab: Lab, adapter: Adapter, teacher: Knowledge, who: str, round: int, epochs: int) -> Adapter:
-        """Distil from a teacher on those texts that it knows better."""
+    def _learn(
+        self, lab: Lab, adapter: Adapter, others: Mapping[str, Knowledge], who: str, round: int, epochs: int
+    ) -> Adapter:
+        """Distil from the others what they know better, or from the mixture of all."""
         if not epochs or not (self.distill_weight or self.public_weight):
             return adapter
-        own = knowledge(lab, adapter)
-        better_M = teacher.losses_M.to(own.losses_M) < own.losses_M
-        weight = self.distill_weight * better_M.to(lab.model.dtype)
-        rows = weight.repeat_interleave(torch.tensor(lab.public_rows, device=weight.device))
+        own, counts = knowledge(lab, adapter), lab.public_rows
+        if self.selection == "weighted":
+            teacher, weight = mixture({**others, "": own}, counts), self.distill_weight
+        else:
+            teacher, losses_M = least_loss(others, counts)
+            better_M = self.distill_weight * (losses_M < own.losses_M.cpu()).to(lab.model.dtype)
+            weight = better_M.repeat_interleave(torch.tensor(counts))
         return lab.distil(
-            adapter, teacher.logits, round, who, epochs, self.temperature, rows, self.distill_learning_rate,
+            adapter, teacher, round, who, epochs, self.temperature, weight, self.distill_learning_rate,
             self.public_weight,
         )  # fmt: skip
 
@@ -118,3 +123,14 @@ def least_loss(parties: Mapping[str, Knowledge], counts: Sequence[int]) -> Knowl
     losses_M, best_M = losses_KM.min(0)
     parts = [parties[name].logits.split(list(counts)) for name in names]
     return Knowledge(torch.cat([parts[best][m] for m, best in enumerate(best_M.tolist())]), losses_M)
+
+
+def mixture(parties: Mapping[str, Knowledge], counts: Sequence[int]) -> Tensor:
+    """log Σ_k w_{k,m} q_k of each row of text m, [rows, V]; w_m is the softmax over parties of their rewards e^−CE."""
+    names = sorted(parties)
+    rewards_KM = torch.stack([parties[name].losses_M.cpu().double() for name in names]).neg().exp()
+    w_KR = rewards_KM.softmax(0).repeat_interleave(torch.tensor(list(counts)), dim=1)
+    logits = [parties[name].logits.cpu() for name in names]
+    mixed = sum(w_R[:, None] * z.double().softmax(-1) for w_R, z in zip(w_KR, logits, strict=True))
+    assert isinstance(mixed, Tensor)
+    return mixed.log().clamp(min=torch.finfo(torch.float32).min / 4).to(logits[0].dtype)

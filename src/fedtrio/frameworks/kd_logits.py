@@ -20,7 +20,8 @@ def codec_of(text: str) -> Codec:
 
     Raises ConfigError for what is no codec of logits.
     """
-    return parse("none" if text == "auto" else text, "logits", small=0) if text != "none" else parse(None, small=0)
+    text = "none" if text == "auto" else text
+    return parse(text, "logits" if text != "none" else None, small=0, limit_bytes=1 << 62)  # what is decoded is known
 
 
 def top_k(codec: Codec) -> TopK | None:
