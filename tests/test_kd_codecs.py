@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,11 @@ from fedtrio.errors import ConfigError, MessageError
 from fedtrio.frameworks import KD
 from fedtrio.frameworks.kd_logits import codec_of, fitted, top_k
 from fedtrio.message import Message, Reply, decode, encode
+from fedtrio.models.train import distillation_loss
 
 AT = Crossing(0, 1, "a", "up")
 M, C = 1000, 77
+AT_REST: dict[str, Any] = {"optimizer": "sgd", "weight_decay": 0.0, "batch_size": 64, "epochs": 0}
 
 
 def nbytes(text: str, rows: int = M, columns: int = C) -> int:
@@ -74,6 +77,48 @@ def test_the_rest_keeps_its_mass():
     kept = z.topk(5).indices
     assert float((found.gather(1, kept) - z.softmax(-1).gather(1, kept)).abs().max()) < 1e-12
     assert float((found.scatter(1, kept, 0).amax(1) - found.scatter(1, kept, 1).amin(1)).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_what_is_learnt_from_keeps_its_mass(temperature: float):
+    """At the temperature of distillation what was sent has its exact probabilities, there and back."""
+    setting = lab(adapted("gpt2", "causal-lm"))
+    method, z = KD(logits="topk:6:logits", temperature=temperature), logits(setting.public.target_tokens(), VOCAB)
+    found = method.read(setting, method.message(setting, "logits", z, 1, "a"), "a", "a")
+    kept, wanted = z.topk(6).indices, (z / temperature).softmax(-1)
+    assert float(((found / temperature).softmax(-1) - wanted).gather(1, kept).abs().max()) < 1e-12
+    again = method.read(setting, method.message(setting, "aggregated logits", found, 1), "the server")
+    assert float((again - found).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_nothing_is_learnt_of_what_was_not_said(temperature: float):
+    """K10 for sparse logits: one's own top-k and the mass of the rest teach nothing; spread evenly they would."""
+    setting = lab(adapted("gpt2", "causal-lm"))
+    method, z = KD(logits="topk:6:logits", temperature=temperature), logits(setting.public.target_tokens(), VOCAB)
+    told = method.read(setting, method.message(setting, "logits", z, 1, "a"), "a", "a")
+    student = z.clone().requires_grad_()
+    (nothing,) = torch.autograd.grad(distillation_loss(student, told, temperature, rest=True), student)
+    (evenly,) = torch.autograd.grad(distillation_loss(student, told, temperature), student)
+    assert float(nothing.abs().max()) < 1e-12 < 1e-4 < float(evenly.abs().max())
+    other, dense = logits(*z.shape, seed=5), logits(*z.shape, seed=6)
+    lumped = distillation_loss(other, dense, temperature, rest=True)
+    assert abs(float(lumped - distillation_loss(other, dense, temperature))) < 1e-12  # a single least: nothing to lump
+
+    run = play(method.model_copy(update={"logits_down": "none"}), adapted("gpt2", "causal-lm"), (5,), n=1, **AT_REST)
+    assert distance(run.sites["site-1"].memory["adapter"], run.lab.model.initial) < 1e-12
+    assert distance(run.adapter, run.lab.model.initial) < 1e-12
+
+
+def test_mass_by_hand():
+    """Classes 1 and 2 are one: KL((0.7, 0.3) ‖ (0.5, 0.5)), whatever 0.5 consists of."""
+    teacher = torch.tensor([[0.7, 0.15, 0.15]], dtype=torch.float64).log()
+    for first in (0.1, 0.25, 0.4):
+        student = torch.tensor([[0.5, first, 0.5 - first]], dtype=torch.float64).log()
+        wanted = 0.7 * math.log(0.7 / 0.5) + 0.3 * math.log(0.3 / 0.5)
+        assert math.isclose(float(distillation_loss(student, teacher, 1.0, rest=True)), wanted)
+        half = distillation_loss(student, teacher, 1.0, torch.tensor([0.5]), rest=True)
+        assert math.isclose(float(half), wanted / 2)
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------

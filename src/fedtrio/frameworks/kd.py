@@ -154,15 +154,7 @@ class KD(Framework):
             return
         rows = {site: self.read(lab, reply, site, site) for site, reply in inbox.items()}
         teacher = self.aggregate(lab, rows, weights_of(inbox))
-        state["student"] = lab.distil(
-            state["student"],
-            teacher,
-            lab.round,
-            "server",
-            self.server_epochs,
-            self.temperature,
-            learning_rate=self.distill_learning_rate,
-        )
+        state["student"] = self.distil(lab, state["student"], teacher, lab.round, "server", self.server_epochs)
         yield dict.fromkeys(inbox, self.message(lab, "aggregated logits", teacher, lab.round))
 
     def client(self, lab: Lab, site: Site, first: Reply) -> ClientProgram:
@@ -188,16 +180,31 @@ class KD(Framework):
         """A site's adapter, distilled from the aggregate."""
         if not (self.distill_weight and self.distill_epochs):
             return adapter
-        return lab.distil(
-            adapter,
-            teacher,
-            site.round,
-            site.name,
-            self.distill_epochs,
-            self.temperature,
-            weight=self.distill_weight,
-            learning_rate=self.distill_learning_rate,
+        return self.distil(
+            lab, adapter, teacher, site.round, site.name, self.distill_epochs, weight=self.distill_weight
         )
+
+    def distil(
+        self,
+        lab: Lab,
+        adapter: Adapter,
+        teacher: Tensor,
+        round: int,
+        who: str,
+        epochs: int,
+        weight: float | Tensor = 1.0,
+    ) -> Adapter:
+        """An adapter that has learnt from the teacher's logits, as the settings say."""
+        return lab.distil(
+            adapter, teacher, round, who, epochs, self.temperature, weight, self.distill_learning_rate,
+            self.public_weight, self._lumps(lab),
+        )  # fmt: skip
+
+    def _lumps(self, lab: Lab) -> bool:
+        """Whether of some classes nothing but their mass may be known."""
+        budget = self.upload_bytes is not None or self.upload_rate is not None
+        tops = [top for text in (self.logits, self.logits_down or "none") if (top := top_k(codec_of(text)))]
+        return any(top.rest == "mass" and (budget or top.kept(lab.model.classes) < lab.model.classes) for top in tops)
 
     def of_round(self, lab: Lab, round: int) -> Lab:
         """The lab with the public texts of a round, which are a pure function of (seed, round)."""
@@ -261,6 +268,7 @@ class KD(Framework):
             if bool(lost.any()):  # no number format holds these; e⁻³⁰ of the least that is there is as good
                 low = logits.masked_fill(lost, float("inf")).amin(-1, keepdim=True)
                 tensors = {"logits": logits.where(~lost, low - 30)}
+            tensors = {"logits": tensors["logits"] / self._heat(codec)}
             tensors = codec.encode(tensors, Crossing(lab.seed, round, site or "", "up" if site else "down"))
         return Message(kind, tensors, facts or {})
 
@@ -271,9 +279,17 @@ class KD(Framework):
             lab.check_public(message.tensor("logits"), who)
             return message.tensor("logits")
         try:
-            return codec.decode(message.tensors, {"logits": _spec(lab)})["logits"]
+            return codec.decode(message.tensors, {"logits": _spec(lab)})["logits"] * self._heat(codec)
         except MessageError as error:
             raise MessageError(f"{who} sent {error}") from error
+
+    def _heat(self, codec: Codec) -> float:
+        """By what logits are divided on their way: the rest's mass is exact at the temperature that is learnt at.
+
+        At another it would not be: spread evenly over 500 words, a tenth of the mass becomes most of it at T = 2.
+        """
+        top = top_k(codec)
+        return self.temperature if top is not None and top.rest == "mass" else 1.0
 
     # Before the run ------------------------------------------------------------------------------------------------
 

@@ -25,13 +25,12 @@ class FedDF(KD):
         """Broadcast, let them train, average, and distil the ensemble into the average."""
         inbox = yield dict.fromkeys(cohort, Message("adapter", state["student"]))
         adapters = {site: reply.tensors for site, reply in inbox.items()}
-        student = weighted_mean(adapters, weights_of(inbox))
+        student: Adapter = weighted_mean(adapters, weights_of(inbox))
         lab = self.of_round(lab, lab.round)
         if len(lab.public) and self.server_epochs:
             logits = {site: lab.predict(self._on_device(lab, adapter)) for site, adapter in adapters.items()}
             teacher = self.aggregate(lab, logits, dict.fromkeys(logits, 1.0))
-            epochs, rate = self.server_epochs, self.distill_learning_rate
-            student = lab.distil(student, teacher, lab.round, "server", epochs, self.temperature, learning_rate=rate)
+            student = self.distil(lab, student, teacher, lab.round, "server", self.server_epochs)
         state["student"] = student
 
     def client(self, lab: Lab, site: Site, first: Reply) -> Message:

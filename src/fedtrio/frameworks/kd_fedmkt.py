@@ -85,10 +85,7 @@ class FedMKT(KD):
             teacher, losses_M = least_loss(others, counts)
             better_M = self.distill_weight * (losses_M < own.losses_M.cpu()).to(lab.model.dtype)
             weight = better_M.repeat_interleave(torch.tensor(counts))
-        return lab.distil(
-            adapter, teacher, round, who, epochs, self.temperature, weight, self.distill_learning_rate,
-            self.public_weight,
-        )  # fmt: skip
+        return self.distil(lab, adapter, teacher, round, who, epochs, weight)
 
     def _said(self, lab: Lab, kind: str, known: Knowledge, round: int, site: str | None = None) -> Message:
         message = self.message(lab, kind, known.logits, round, site)

@@ -147,11 +147,12 @@ class Lab:
         weight: float | Tensor = 1.0,
         learning_rate: float | None = None,
         on_targets: float = 0.0,
+        rest: bool = False,
     ) -> dict[str, Tensor]:
         """Train towards the teacher's logits (as `predict` lays them out) by weight · T²·KL; an adapter.
 
         A weight for each row (a tensor) is also one for each text's part in the mean. `on_targets` is the weight of
-        the cross-entropy on the public texts themselves, for causal-lm.
+        the cross-entropy on the public texts themselves, for causal-lm; of `rest` see `distillation_loss`.
         """
         learner = self.learner(adapter, learning_rate=learning_rate)
         batch_size = self.train.batch_size
@@ -165,9 +166,9 @@ class Lab:
             logits = self.model.forward(learner.tensors, batch.lengths_B, batch.ids_BT, dropout_seed=seed)
             student = self._predicted(logits, batch)
             if isinstance(weight, Tensor):
-                loss = distillation_loss(student, wanted, temperature, self.to_device(weight[rows]))
+                loss = distillation_loss(student, wanted, temperature, self.to_device(weight[rows]), rest)
             else:
-                loss = weight * distillation_loss(student, wanted, temperature)
+                loss = weight * distillation_loss(student, wanted, temperature, rest=rest)
             if on_targets:
                 loss = loss + on_targets * task_loss(logits, self.to_device(batch.targets))
             self.model.backward(loss, batch.shape)
