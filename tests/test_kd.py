@@ -128,6 +128,7 @@ def test_identical_clients_agree():
     assert float((found.exp() - F.softmax(z, dim=-1)).abs().max()) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:entropy reduction")
 @pytest.mark.parametrize("rule", list(RULES))
 def test_aggregate_keeps_dtype_and_order_of_sites_does_not_matter(rule):
     z = {site: t.float() for site, t in three().items()}

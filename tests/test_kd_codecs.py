@@ -213,6 +213,12 @@ def test_the_run_says_what_full_logits_would_cost():
     assert "era flattens over 97 classes: at T = 0.1 a consensus of 30% becomes 17% at most" in said
     with pytest.raises(ConfigError, match="median needs 3 sites, and 2 take part in a round"):
         KD(aggregation="median").foresee(setting, ["a", "b", "c", "d"], 2)
+    for name in ("models", "upload_bytes"):
+        method = KD.model_validate({name: {"*": "1", "bnak": "1"}, "logits": "topk:9:logits"})
+        with pytest.raises(
+            ConfigError, match=rf"kd\.{name}: no site is called 'bnak'; did you mean 'bank'\?; there are"
+        ):
+            method.foresee(setting, ["bank", "mill"], 2)
     with pytest.raises(ConfigError, match="b may send 10 bytes"):
         KD(logits="topk:4:logits", upload_bytes={"b": 10}).foresee(setting, ["a", "b"], 2)
 

@@ -25,7 +25,7 @@ from ..errors import ConfigError, MessageError, QuorumError
 from ..message import Fact, Message, Reply
 from ..models.adapter import LoraConfig
 from ..models.train import Adapter
-from .kd_logits import codec_of, fitted, of_site, top_k
+from .kd_logits import check_names, codec_of, fitted, of_site, top_k
 from .lab import ClientProgram, Framework, Lab, ServerProgram, Site, State, weights_of
 
 Protocol = Literal["standard", "fedmd", "dsfl", "feddf", "fedmkt"]
@@ -295,7 +295,8 @@ class KD(Framework):
 
     def foresee(self, lab: Lab, sites: Sequence[str], cohort: int) -> list[str]:
         """What should be known before: what logits cost, and where era flattens. ConfigError for what can't be."""
-        found = []
+        found, named = [], ("models", "upload_bytes", "upload_rate")
+        check_names({f"kd.{name}": getattr(self, name) for name in named}, sites)
         if cohort < self.needed:
             raise ConfigError(
                 f"kd.aggregation {self.aggregation} needs {self.needed} sites, and {cohort} take part in a round"

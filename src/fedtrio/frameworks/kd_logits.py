@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from ..codecs import Codec, Spec, parse
 from ..codecs.stages import TopK
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
 
@@ -53,6 +53,16 @@ def fitted(codec: Codec, logits: Spec, budget: float | None, who: str) -> Codec:
             "or take fewer public texts (data.max_public, kd.public_per_round)"
         )
     return keeping(k)
+
+
+def check_names(settings: Mapping[str, object], sites: Sequence[str]) -> None:
+    """Raises ConfigError for a name or pattern that no site bears; `settings` by what they are called."""
+    for setting, given in settings.items():
+        for pattern in given if isinstance(given, Mapping) else ():
+            if not any(fnmatchcase(site, pattern) for site in sites):
+                near = did_you_mean(pattern, sites)
+                shown = ", ".join(sites[:8]) + (f" and {len(sites) - 8} more" if len(sites) > 8 else "")
+                raise ConfigError(f"{setting}: no site is called {pattern!r}{near}; there are {shown}")
 
 
 def of_site(setting: Mapping[str, T] | T | None, site: str) -> T | None:
