@@ -35,7 +35,7 @@ def mean_logits(logits: Logits, weights: Weights) -> Tensor:
 
 def mean_probabilities(logits: Logits, weights: Weights) -> Tensor:
     """log Σ_k p_k softmax(z_k), [M, C]: logits whose softmax is the arithmetic mean of the sites' distributions."""
-    return _weighted({site: F.softmax(z.double(), dim=-1) for site, z in logits.items()}, weights).log()
+    return _weighted(logits, weights, lambda z: F.softmax(z.double(), dim=-1)).log()
 
 
 def entropy_reduction(logits: Logits, weights: Weights, temperature: float = ERA) -> Tensor:
@@ -130,7 +130,7 @@ def aggregate(
     rule: str, logits: Logits, weights: Weights, temperature: float | None = None, trim: int | None = None
 ) -> Tensor:
     """The aggregate by the rule of that name, in the dtype of the logits; None: the rule's own default."""
-    dtype = next(iter(logits.values())).dtype
+    dtype = logits[next(iter(logits))].dtype
     floor = torch.finfo(torch.float32).min / 4  # a class that no site gives any probability stays finite
     found = RULES[rule]
     if rule in SHARPENED and temperature is not None:
@@ -150,10 +150,11 @@ def _votes(logits: Logits) -> dict[str, dict[str, Tensor]]:
     return {site: {"z": F.log_softmax(z.double(), dim=-1)} for site, z in logits.items()}
 
 
-def _weighted(terms: Logits, weights: Weights) -> Tensor:
-    p = normalised(weights)
-    first = next(iter(p))
-    total = torch.zeros_like(terms[first], dtype=torch.float64)
-    for site, share in p.items():
-        total = total.add(terms[site].double(), alpha=share)
+def _weighted(logits: Logits, weights: Weights, term: Callable[[Tensor], Tensor] = lambda z: z) -> Tensor:
+    """Σ_k p_k term(z_k); one site's logits are looked at after the other, as `Logits` may decode them when asked."""
+    total: Tensor | None = None
+    for site, share in normalised(weights).items():
+        z = term(logits[site]).double()
+        total = (torch.zeros_like(z) if total is None else total).add(z, alpha=share)
+    assert total is not None
     return total

@@ -25,7 +25,7 @@ from ..errors import ConfigError, MessageError, QuorumError
 from ..message import Fact, Message, Reply
 from ..models.adapter import LoraConfig
 from ..models.train import Adapter
-from .kd_logits import check_names, codec_of, fitted, of_site, top_k
+from .kd_logits import Unread, check_names, codec_of, fitted, of_site, top_k
 from .lab import ClientProgram, Framework, Lab, ServerProgram, Site, State, weights_of
 
 Protocol = Literal["standard", "fedmd", "dsfl", "feddf", "fedmkt"]
@@ -152,7 +152,7 @@ class KD(Framework):
         lab = self.of_round(lab, lab.round)
         if not len(lab.public):
             return
-        rows = {site: self.read(lab, reply, site, site) for site, reply in inbox.items()}
+        rows = Unread(inbox, lambda site, reply: self.read(lab, reply, site, site))
         teacher = self.aggregate(lab, rows, weights_of(inbox))
         state["student"] = self.distil(lab, state["student"], teacher, lab.round, "server", self.server_epochs)
         yield dict.fromkeys(inbox, self.message(lab, "aggregated logits", teacher, lab.round))

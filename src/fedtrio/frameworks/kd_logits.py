@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+from torch import Tensor
+
 from ..codecs import Codec, Spec, parse
 from ..codecs.stages import TopK
 from ..errors import ConfigError, did_you_mean
+from ..message import Message
 
 T = TypeVar("T")
 
@@ -53,6 +56,22 @@ def fitted(codec: Codec, logits: Spec, budget: float | None, who: str) -> Codec:
             "or take fewer public texts (data.max_public, kd.public_per_round)"
         )
     return keeping(k)
+
+
+class Unread(Mapping[str, Tensor]):
+    """Logits by site, decoded when they are asked for: over a vocabulary, those of all sites would fill the memory."""
+
+    def __init__(self, messages: Mapping[str, Message], read: Callable[[str, Message], Tensor]) -> None:
+        self._messages, self._read = messages, read
+
+    def __getitem__(self, site: str) -> Tensor:
+        return self._read(site, self._messages[site])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._messages)
+
+    def __len__(self) -> int:
+        return len(self._messages)
 
 
 def check_names(settings: Mapping[str, object], sites: Sequence[str]) -> None:
