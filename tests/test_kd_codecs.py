@@ -205,22 +205,22 @@ def test_the_run_says_what_full_logits_would_cost():
     model = adapted("gpt2", "causal-lm", "fp32")
     setting = lab(model)
     rows = setting.public.target_tokens()
-    (said,) = KD(logits="topk:4:logits+fp16").foresee(setting, ["a", "b"], 2)
+    (said,) = KD(logits="topk:4:logits+fp16").foresee(setting, ["a", "b"])
     full = rows * VOCAB * 4
     assert f"{rows * 14 / 1e6:,.2f} MB of logits a site and round; in full they would be {full / 1e6:,.2f} MB" in said
-    assert f"({rows} tokens x {VOCAB} words)" in said and KD().foresee(setting, ["a"], 1) == []
-    (said,) = KD(aggregation="era", protocol="dsfl").foresee(setting, ["a", "b"], 2)
+    assert f"({rows} tokens x {VOCAB} words)" in said and KD().foresee(setting, ["a"]) == []
+    (said,) = KD(aggregation="era", protocol="dsfl").foresee(setting, ["a", "b"])
     assert "era flattens over 97 classes: at T = 0.1 a consensus of 30% becomes 17% at most" in said
     with pytest.raises(ConfigError, match="median needs 3 sites, and 2 take part in a round"):
-        KD(aggregation="median").foresee(setting, ["a", "b", "c", "d"], 2)
+        KD(aggregation="median").check_sites(["a", "b", "c", "d"], 2)
     for name in ("models", "upload_bytes"):
         method = KD.model_validate({name: {"*": "1", "bnak": "1"}, "logits": "topk:9:logits"})
         with pytest.raises(
             ConfigError, match=rf"kd\.{name}: no site is called 'bnak'; did you mean 'bank'\?; there are"
         ):
-            method.foresee(setting, ["bank", "mill"], 2)
+            method.check_sites(["bank", "mill"], 2)
     with pytest.raises(ConfigError, match="b may send 10 bytes"):
-        KD(logits="topk:4:logits", upload_bytes={"b": 10}).foresee(setting, ["a", "b"], 2)
+        KD(logits="topk:4:logits", upload_bytes={"b": 10}).foresee(setting, ["a", "b"])
 
 
 # Guards ---------------------------------------------------------------------------------------------------------------

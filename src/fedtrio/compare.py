@@ -16,7 +16,7 @@ from .checkpoint import write_whole
 from .config import Config, WireConfig, load_config
 from .errors import ConfigError
 from .meter import Meter
-from .run import OnRound, sample
+from .run import OnRound, cohort_size
 from .workers import Workers
 
 SCHEMA_VERSION = 1
@@ -123,8 +123,12 @@ def prepare(bench: Bench) -> dict[str, Any]:
     """
     config = bench.config
     for name in config.frameworks:  # better refused now than after an hour of another one
-        bench.cuts(config.framework(name), config.seeds[0])
-        bench.check_models(config.framework(name))
+        method = config.framework(name)
+        bench.cuts(method, config.seeds[0])
+        if sites := bench.names(method, config.seeds[0]):
+            method.check_sites(sites, cohort_size(len(sites), config.participation))
+            config.lora.ranks(sites) if method.federated else None
+        bench.check_models(method)
     return {
         "config": config.model_dump(mode="json"),
         "environment": environment(config),
@@ -151,10 +155,7 @@ def warnings_of(bench: Bench) -> list[str]:
         found.append("split.cut is 0: the server can read the texts off the embeddings that sites send")
     if "kd" in config.frameworks:
         method, seed = config.framework("kd"), config.seeds[0]
-        here = [share.name for share in bench.roster(method, seed)] if len(bench.corpus.train) else config.wire.sites
-        if sites := here or []:
-            cohort = len(sample(sites, config.participation, seed, 1))
-            found += method.foresee(bench.lab(method, seed, Meter()), sites, cohort)
+        found += method.foresee(bench.lab(method, seed, Meter()), bench.names(method, seed))
     if not len(bench.corpus.train):
         return found  # the sites are elsewhere
     small = min((len(share.indices) for share in bench.shares(config.seeds[0])), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -130,6 +130,15 @@ class Config(BaseModel):
             raise ValidationError.from_exception_data("Config", faults)
         return section
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        """Raises ValueError for what single sections can't know to be wrong."""
+        try:
+            refuse_wrong_pairs(self.fedllm, self.train, self.lora, self.wire.coding(0), self.frameworks)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
     @field_validator("seeds", "frameworks")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
@@ -160,10 +169,13 @@ class Config(BaseModel):
         """
         device = pick_device(self.device)
         causal = self.task == "causal-lm"
+        place, colon, rule = self.fedllm.aggregation.rpartition(":")
+        own = f"{self._absolute(place)}{colon}{rule}" if colon else rule
         labels = self.split.labels if self.split.labels != "auto" else ("client" if causal else "server")
         changed: dict[str, Any] = {
             "device": device.type,
             "train": self.train.model_copy(update={"precision": pick_precision(self.train.precision, device)}),
+            "fedllm": self.fedllm.model_copy(update={"aggregation": own}),
             "split": self.split.model_copy(update={"labels": labels}),
             "kd": self._kd(),
             "partition": self.partition or PartitionConfig(name="iid" if causal else "dirichlet"),
@@ -232,6 +244,25 @@ class SiteConfig(BaseModel):
     def base(self) -> Path:
         """The folder that relative paths start from."""
         return self._base
+
+
+def refuse_wrong_pairs(
+    fedllm: FedLLM, train: TrainConfig, lora: LoraConfig, coding: Coding, frameworks: Collection[str]
+) -> None:
+    """Raises ConfigError where FedLLM's settings don't go with how sites train, their ranks, or the codecs."""
+    if "fedllm" not in frameworks:
+        return
+    plain = {"optimizer": "sgd", "momentum": 0, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    plain |= {"max_grad_norm": None} | ({"weight_decay": 0} if fedllm.upload == "seeds" else {})
+    needs_plain = "scaffold" if fedllm.scaffold else "upload seeds" if fedllm.upload == "seeds" else None
+    if needs_plain and (wrong := [k for k, value in plain.items() if getattr(train, k) != value]):
+        wanted = ", ".join(f"train.{k}={'null' if plain[k] is None else plain[k]}" for k in wrong)
+        raise ConfigError(f"fedllm.{needs_plain} is right for plain SGD at constant rates alone: set {wanted}")
+    fedllm.refuse_codecs(coding.up.get("adapter"), coding.down.get("adapter"))
+    if lora.by_site:
+        if wrong := sorted({"kd", "split"} & set(frameworks)):
+            raise ConfigError(f"lora.r by site is for fedllm, not for {', '.join(wrong)}: set frameworks or one lora.r")
+        fedllm.refuse_mixed_ranks()
 
 
 Loaded = TypeVar("Loaded", Config, SiteConfig)
@@ -356,7 +387,7 @@ def _explain(
         )
     else:
         shown = re.sub(r"^(Value error|Assertion failed), ", "", fault["msg"])
-        what = f"{name or 'configuration'}: {shown}, got {fault['input']!r:.80}"
+        what = f"{name}: {shown}, got {fault['input']!r:.80}" if name else shown
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{_blamed(path, text, loc, given)}: {what}{more}"
 

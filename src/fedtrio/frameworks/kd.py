@@ -293,14 +293,18 @@ class KD(Framework):
 
     # Before the run ------------------------------------------------------------------------------------------------
 
-    def foresee(self, lab: Lab, sites: Sequence[str], cohort: int) -> list[str]:
-        """What should be known before: what logits cost, and where era flattens. ConfigError for what can't be."""
-        found, named = [], ("models", "upload_bytes", "upload_rate")
+    def check_sites(self, sites: Sequence[str], cohort: int) -> None:
+        """Raises ConfigError where settings name a site that is none, or the aggregation needs more than take part."""
+        named = ("models", "upload_bytes", "upload_rate")
         check_names({f"kd.{name}": getattr(self, name) for name in named}, sites)
         if cohort < self.needed:
             raise ConfigError(
                 f"kd.aggregation {self.aggregation} needs {self.needed} sites, and {cohort} take part in a round"
             )
+
+    def foresee(self, lab: Lab, sites: Sequence[str]) -> list[str]:
+        """What should be known before: what logits cost, and where era flattens. ConfigError for too small a budget."""
+        found = []
         classes = lab.model.classes
         temperature = ERA if self.sharpening is None else self.sharpening
         if self.aggregation == "era" and (left := reduced(CONSENSUS, classes, temperature)) < CONSENSUS:

@@ -98,9 +98,11 @@ class _Line:
         )
         self._id = secrets.token_hex(16)
         self._session, self._turn, self._answer = "", -1, b""
+        self._place: tuple[str, int] | None = None  # run and round
         self._server_limit = limit
         self._beat = 5.0
-        self._over: str | None = None  # as a beat heard it
+        self._over: str | None = None
+        self._heard: _Refused | None = None  # by a beat: all is over, or another process has taken the place
         self._closed = False
         self._rhythm = threading.Event()  # set when there is a new one
         self._beats = threading.Thread(target=self._keep_beating, name="fedtrio-beat", daemon=True)
@@ -118,6 +120,9 @@ class _Line:
     def serve(self) -> None:
         self._greet()
         while self._over is None:
+            if self._heard is not None:
+                self._heed(self._heard)
+                continue
             try:
                 answer = self._post("/v1/turn", {"Fedtrio-Turn": str(self._turn)}, self._answer)
             except _Refused as refused:
@@ -152,10 +157,12 @@ class _Line:
     def _work(self, said: _Answer) -> None:
         """Let the door answer a frame."""
         try:
-            run, start = said.headers["fedtrio-run"], said.headers["fedtrio-start"] == "1"
-            round, turn = int(said.headers["fedtrio-round"]), int(said.headers["fedtrio-turn"])
-            self._beat_every(float(said.headers["fedtrio-beat"]))
-        except (KeyError, ValueError) as error:
+            turn, start = int(said.headers["fedtrio-turn"]), said.headers.get("fedtrio-start") == "1"
+            if "fedtrio-run" in said.headers:
+                self._place = said.headers["fedtrio-run"], int(said.headers["fedtrio-round"])
+                self._beat_every(float(said.headers["fedtrio-beat"]))
+            run, round = self._place  # type: ignore[misc]
+        except (KeyError, TypeError, ValueError) as error:
             raise WireError("the server's answer is not understood; are both of the same version?") from error
         answer = self._door.answer(self._session, run, round, turn, start, said.body)
         if len(answer) > self._server_limit:
@@ -248,8 +255,8 @@ class _Line:
                 try:
                     self._try("/v1/beat", {}, b"", timeout=max(2.0, self._beat))
                 except _Refused as refused:
-                    if refused.error == "finished":
-                        self._over = refused.reason
+                    if refused.error in ("finished", "replaced"):
+                        self._heard = refused
                 except (httpx.TransportError, WireError):
                     pass  # the next turn will tell
 
