@@ -5,8 +5,9 @@
 
 DATA holds banking77/ (train_10shot.csv, test.csv, public_2000.csv) and clinc150/ (train.csv), the files that
 configs/banking77-10shot.yaml names. The public texts are other questions to a bank (in-domain), questions to an
-assistant about anything, money among it (off-domain), or half and half (mixed). FedLLM and each site alone stand beside them, once for
-each seed. A finished run is kept, so the same command goes on where it was broken off; the table is of what there is.
+assistant about anything, money among it (off-domain), or half and half (mixed). FedLLM and each site alone stand
+beside them, once for each seed. A finished run is kept, so the same command goes on where it was broken off; the table
+is of what there is.
 """
 
 from __future__ import annotations
