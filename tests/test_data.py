@@ -80,6 +80,19 @@ class TestSplit:
         assert [len(r) for r in (corpus.train, corpus.test, corpus.public)] == [10, 1, 1]
         assert corpus.test.labels.tolist() == [1]
 
+    def test_public_texts_of_several_files(self, write, load):
+        """Equal parts, as far as a file has them; a path that is absolute stays one in a resolved configuration."""
+        for name, n in (("in", 6), ("off", 4), ("few", 1)):
+            write(f"{name}.csv", "text\n" + "".join(f"{name} {i}\n" for i in range(n)))
+        write("train.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(10)))
+        sources = {"train": "train.csv", "public": ["in.csv", "off.csv", "few.csv"]}
+        assert len(load(**sources).public) == 11
+        mixed = load(**sources, max_public=7).public.prompts
+        assert Counter(text.split()[0] for text in mixed) == {"in": 2, "off": 2, "few": 1}
+        assert load(**{**sources, "public": ["in.csv"]}).public == load(**{**sources, "public": "in.csv"}).public
+        with pytest.raises(ValueError, match="names no public texts"):
+            DataConfig(public=[])
+
     def test_subsets_keep_order(self, write, load):
         write("train.csv", csv_of(100))
         corpus = load(train="train.csv", max_train=5, max_test=3, max_public=1)

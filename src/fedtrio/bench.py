@@ -16,13 +16,13 @@ from .data.batches import Encoded, encode
 from .data.load import Corpus, load_corpus
 from .data.partition import Share, describe, partition
 from .data.private import PrivateData
-from .errors import DataError, ModelError
+from .errors import ConfigError, DataError, ModelError
 from .evaluate import Scores, evaluate
 from .frameworks.lab import Framework, Lab
 from .meter import Meter, peak_memory
-from .models.adapter import AdaptedModel, adapt
+from .models.adapter import AdaptedModel, LoraConfig, adapt
 from .models.cut import check_cut
-from .models.load import load_base, load_tokenizer, reads, resolve
+from .models.load import load_base, load_tokenizer, reads, resolve, vocabulary
 from .models.train import Adapter
 from .program import Site
 
@@ -41,6 +41,7 @@ class Bench:
         self.alone = False  # whether this process works for a single site …
         self.own = False  # … and belongs to it
         self._model: tuple[int, AdaptedModel] | None = None
+        self._others: dict[tuple[str, LoraConfig], Bench] = {}
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -56,6 +57,11 @@ class Bench:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return load_tokenizer(self.path)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """Of the common model's tokenizer: equal where the same text becomes the same tokens."""
+        return vocabulary(self.tokenizer)
 
     @cached_property
     def encoded(self) -> dict[str, Encoded]:
@@ -109,13 +115,56 @@ class Bench:
     def lab(self, method: Framework, seed: int, meter: Meter) -> Lab:
         """Model and settings for one run. Raises ModelError where the model can't be cut as the method asks."""
         model, cuts = self.model(seed), self.cuts(method, seed)
-        model.observe = lambda key, weights: meter.work(key, weights)
+        which = (self.path, self.config.lora.model_dump_json())  # another model costs other FLOPs
+        model.observe = lambda key, weights: meter.work((*key, which), weights)
         if cuts:
             model.verify_cut(cuts)
         return Lab(
             model, self.config.train, self.encoded["public"], seed, self.config.rounds,
             self.tokenizer.pad_token_id, guards=self.config.guards, hold=meter.hold,
         )  # fmt: skip
+
+    def at(self, method: Framework, site: str) -> Bench:
+        """The bench of the model that a site holds: this one, unless the method gives it another.
+
+        Raises ConfigError where in causal-lm the two models do not share a tokenizer.
+        """
+        own = method.model_of(site)
+        if own is None:
+            return self
+        model, lora = own[0], own[1] or self.config.lora
+        key = (model, lora)
+        if key not in self._others:
+            config = self.config.model_copy(update={"model": model, "lora": lora})
+            config._base = self.config.base
+            other = Bench(config, self.corpus)
+            if config.task == "causal-lm" and other.vocabulary != self.vocabulary:
+                raise ConfigError(
+                    f"{site} holds {model!r}, whose tokenizer ({len(other.tokenizer)} words) is another than that of "
+                    f"{self.config.model!r}: in causal-lm logits mean the same only where models share a tokenizer"
+                )
+            other.alone = self.alone
+            self._others[key] = other
+        return self._others[key]
+
+    def check_models(self, method: Framework) -> None:
+        """Raises ConfigError or ModelError where sites' own models do not go with the common one."""
+        seed = self.config.seeds[0]
+        for share in self.roster(method, seed) if len(self.corpus.train) else ():
+            other = self.at(method, share.name)
+            if other is self:
+                continue
+            theirs, ours = other.model(seed).classes, self.model(seed).classes
+            if theirs != ours:
+                raise ConfigError(
+                    f"{share.name} holds {other.config.model!r}, whose logits have {theirs} columns, and those of "
+                    f"{self.config.model!r} have {ours}"
+                )
+            if other.encoded["public"].target_tokens() != self.encoded["public"].target_tokens():
+                raise ConfigError(
+                    f"{share.name} holds {other.config.model!r}, which reads {other.max_length} tokens of a text, and "
+                    f"{self.config.model!r} {self.max_length}: set train.max_length to the lesser"
+                )
 
     def roster(self, method: Framework, seed: int) -> list[Share]:
         """Names of the clients and what they hold; the centralized yardstick has a single one with everything.
@@ -144,9 +193,11 @@ class Bench:
         sites = {}
         for number, share in enumerate(self.roster(method, lab.seed)):
             if names is None or share.name in names:
-                examples = self.encoded["train"].take(share.indices)
+                own = self.at(method, share.name)
+                its_lab = lab if own is self else own.lab(method, lab.seed, meter)
+                examples = own.encoded["train"].take(share.indices)
                 place = folder / "sites" / str(number) if folder else None
-                sites[share.name] = self.site(share.name, examples, method, lab, meter, place)
+                sites[share.name] = own.site(share.name, examples, method, its_lab, meter, place)
         return sites
 
     def site(

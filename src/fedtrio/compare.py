@@ -15,6 +15,7 @@ from .bench import Bench
 from .checkpoint import write_whole
 from .config import Config, WireConfig, load_config
 from .errors import ConfigError
+from .meter import Meter
 from .run import OnRound, cohort_size
 from .workers import Workers
 
@@ -121,12 +122,13 @@ def prepare(bench: Bench) -> dict[str, Any]:
     Raises ConfigError, DataError, ModelError.
     """
     config = bench.config
-    for name in config.frameworks:
+    for name in config.frameworks:  # better refused now than after an hour of another one
         method = config.framework(name)
-        bench.cuts(method, config.seeds[0])  # better refused now than after an hour of another one
+        bench.cuts(method, config.seeds[0])
         if sites := bench.names(method, config.seeds[0]):
             method.check_sites(sites, cohort_size(len(sites), config.participation))
             config.lora.ranks(sites) if method.federated else None
+        bench.check_models(method)
     return {
         "config": config.model_dump(mode="json"),
         "environment": environment(config),
@@ -151,12 +153,9 @@ def warnings_of(bench: Bench) -> list[str]:
         )
     if "split" in config.frameworks and config.split.cut == 0:
         found.append("split.cut is 0: the server can read the texts off the embeddings that sites send")
-    if causal and "kd" in config.frameworks:
-        rows, vocabulary = bench.encoded["public"].target_tokens(), len(bench.tokenizer)
-        if (size := rows * vocabulary * 4) > 100_000_000:
-            found.append(
-                f"kd sends {size / 1e6:,.0f} MB of logits a site and round ({rows} tokens x {vocabulary} words)"
-            )
+    if "kd" in config.frameworks:
+        method, seed = config.framework("kd"), config.seeds[0]
+        found += method.foresee(bench.lab(method, seed, Meter()), bench.names(method, seed))
     if not len(bench.corpus.train):
         return found  # the sites are elsewhere
     small = min((len(share.indices) for share in bench.shares(config.seeds[0])), default=0)

@@ -17,7 +17,7 @@ from .coding import Coding, Use, codecs_of
 from .data.load import DataConfig
 from .data.partition import PartitionConfig
 from .errors import ConfigError, did_you_mean
-from .frameworks import FRAMEWORKS, KD, Centralized, FedLLM, Local, Split
+from .frameworks import FRAMEWORKS, KD, PROTOCOLS, Centralized, FedLLM, Local, Split
 from .frameworks.guards import Guards
 from .frameworks.lab import Framework
 from .models.adapter import LoraConfig
@@ -158,11 +158,15 @@ class Config(BaseModel):
 
     def framework(self, name: str) -> Framework:
         """The framework of that name with its settings."""
-        built = {"fedllm": self.fedllm, "kd": self.kd, "split": self.split}
+        kd = PROTOCOLS[self.kd.protocol](**dict(self.kd))
+        built = {"fedllm": self.fedllm, "kd": kd, "split": self.split}
         return built[name] if name in built else {"centralized": Centralized(), "local": Local()}[name]
 
     def resolved(self) -> Config:
-        """The same configuration with every `auto` decided and paths absolute; itself a valid input."""
+        """The same configuration with every `auto` decided and paths absolute; itself a valid input.
+
+        Raises ConfigError for settings of kd that do not go with the others.
+        """
         device = pick_device(self.device)
         causal = self.task == "causal-lm"
         place, colon, rule = self.fedllm.aggregation.rpartition(":")
@@ -173,16 +177,30 @@ class Config(BaseModel):
             "train": self.train.model_copy(update={"precision": pick_precision(self.train.precision, device)}),
             "fedllm": self.fedllm.model_copy(update={"aggregation": own}),
             "split": self.split.model_copy(update={"labels": labels}),
+            "kd": self._kd(),
             "partition": self.partition or PartitionConfig(name="iid" if causal else "dirichlet"),
             "threads": self.threads or usable_cores(),
             "data": self.data.model_copy(update={k: self._absolute(getattr(self.data, k)) for k in _PATHS}),
-            "model": self.model if self.model in BUILT_IN else self._absolute(self.model),
+            "model": self._place(self.model),
         }
         config = self.model_copy(update=changed)
         config._base = self._base
         return config
 
+    def _kd(self) -> KD:
+        """KD's codec decided and its models found."""
+        coding = self.wire.coding(0)
+        kd = self.kd.resolved("logits" in {*coding.up, *coding.down}, self.task == "causal-lm")
+        if "kd" in self.frameworks:
+            kd.check_task(self.task)
+        return kd.model_copy(update={"models": {site: self._place(model) for site, model in kd.models.items()}})
+
+    def _place(self, model: str) -> str:
+        return model if model in BUILT_IN else self._absolute(model)
+
     def _absolute(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._absolute(part) for part in value]
         path = self._base / value if isinstance(value, str) else None
         return str(path.resolve()) if path is not None and os.path.exists(path) else value  # never an OSError
 
@@ -207,6 +225,9 @@ class SiteConfig(BaseModel):
 
     data: DataConfig = Field(default_factory=DataConfig, description="its own file and columns")
     model: str | None = Field(default=None, description="where the model lies here; null: as the server names it")
+    kd_model: str | None = Field(
+        default=None, description="a model of its own for kd, which the server need not know; null: as for the others"
+    )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="torch threads; null: as many as the server uses"
@@ -214,7 +235,7 @@ class SiteConfig(BaseModel):
 
     _base: Path = PrivateAttr(default_factory=Path)
 
-    @field_validator("model")
+    @field_validator("model", "kd_model")
     @classmethod
     def _model_is_named(cls, value: str | None) -> str | None:
         return value if value is None else _named(value)

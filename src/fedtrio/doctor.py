@@ -76,12 +76,12 @@ def _site(patient: Patient) -> Found:
     yield Finding("configuration", "ok", f"{patient.config}: a site's, device {own.device}")
     seen = Seen()
     yield from _safe("data", data.site_data(own, seen))
-    model = own.model or "nano"
+    model = own.kd_model or own.model or "nano"
     config = Config(task=seen.task, model=model, device=own.device, threads=own.threads)
     config._base = own.base
     if own.model is None:
         yield Finding("model", "ok", "the server names it; to check one that lies here: --set model=<folder or Hub id>")
-    yield from _machine(patient, config.resolved(), seen, own.model is not None)
+    yield from _machine(patient, config.resolved(), seen, (own.kd_model or own.model) is not None)
 
 
 def _server_or_all(patient: Patient) -> Found:

@@ -46,6 +46,7 @@ class Settings(BaseModel):
     public: list[str]
     public_completions: list[str] | None
     fingerprint: str
+    vocabulary: str
 
 
 def settings_of(bench: Bench, run_id: str) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def settings_of(bench: Bench, run_id: str) -> dict[str, Any]:
         public=public.prompts,
         public_completions=public.completions,
         fingerprint=fingerprint(bench.model(bench.config.seeds[0])),
+        vocabulary=bench.vocabulary,
     )
     return told.model_dump(mode="json")
 
@@ -117,19 +119,28 @@ class Host:
         public = Rows(told.public, told.public_completions)
         corpus = load_site_corpus(self._own.data, config.task, self._own.base, tuple(told.labels), public)
         bench = Bench(config, corpus)
-        mine = fingerprint(bench.model(config.seeds[0]))
-        if mine != told.fingerprint:
-            raise ModelError(
-                f"the model {config.model} differs from the server's ({mine} here, {told.fingerprint} there): use the "
-                "same weights and versions on both sides"
-            )
+        bench.vocabulary = told.vocabulary
+        benches = [bench.at(config.framework(name), self.name) for name in config.frameworks]
+        if bench in benches:  # of a model of its own the server knows nothing
+            self._check_model(bench, told)
         self._settings, self._bench, self._sites = told, bench, {}
         self._say(f"{self.name}: {len(corpus.train)} examples, {config.model}, {', '.join(config.frameworks)}")
+
+    def _check_model(self, bench: Bench, told: Settings) -> None:
+        mine = fingerprint(bench.model(bench.config.seeds[0]))
+        if mine != told.fingerprint:
+            raise ModelError(
+                f"the model {bench.config.model} differs from the server's ({mine} here, {told.fingerprint} there): "
+                "use the same weights and versions on both sides"
+            )
 
     def _config(self, told: Settings) -> Config:
         own = {"device": self._own.device, "threads": self._own.threads or told.config.get("threads")}
         model = {"model": self._own.model} if self._own.model else {}
         config = Config.model_validate({**told.config, **own, **model})
+        if self._own.kd_model:
+            models = {self.name: self._own.kd_model, **config.kd.models}
+            config = config.model_copy(update={"kd": config.kd.model_copy(update={"models": models})})
         config._base = self._own.base
         precision = config.train.precision
         if pick_device(config.device).type == "cpu" and precision == "auto":
@@ -176,6 +187,7 @@ class Host:
                 raise MessageError(f"the server asks for the run {run!r:.60}, which its settings do not have")
             framework, seed = runs[run]
             method, meter = bench.config.framework(framework), Meter(bench.costs)
+            bench = bench.at(method, self.name)
             lab = bench.lab(method, seed, meter)
             examples = bench.encoded["train"].take(np.arange(len(bench.corpus.train)))
             place = self._folder / told.run_id / run

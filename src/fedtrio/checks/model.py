@@ -36,6 +36,12 @@ def examine_model(config: Config, seen: Seen) -> Found:
             yield Finding("hub", "ok", f"{size / 1e6:,.0f} MB of weights are whole in {where}")
     load_tokenizer(path)
     yield from _measure(config, path, download, seen)
+    for model in sorted(set(config.kd.models.values())) if "kd" in config.frameworks else ():
+        place = resolve(model, config.base)
+        there = Path(place) if Path(place).is_dir() else _cached(place)
+        size = check_weights(there) if there else _on_hub(place, offline)
+        load_tokenizer(place)
+        yield Finding("model", "ok", f"{model}: {size / 1e6:,.0f} MB, for sites with a model of their own (kd.models)")
 
 
 def check_weights(folder: Path) -> int:

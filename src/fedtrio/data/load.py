@@ -40,10 +40,11 @@ class DataConfig(BaseModel):
         description="A file, the name of a split where `train` is a Hub dataset, or the fraction of `train` "
         "that is held out. The demo has its own test set, used unless this is changed.",
     )
-    public: str | float = Field(
+    public: str | float | list[str] = Field(
         default=0.1,
         description="Texts that all parties may see, for distillation: a file, a split as in `test`, or the "
-        "fraction of `train` that is held out without its labels. The demo has its own, as in `test`.",
+        "fraction of `train` that is held out without its labels. A list mixes several: an equal part of `max_public` "
+        "from each. The demo has its own, as in `test`.",
     )
     text: str = Field(default="text", description="Column with the text.")
     label: str | None = Field(
@@ -73,7 +74,9 @@ class DataConfig(BaseModel):
 
     @field_validator("test", "public")
     @classmethod
-    def _fraction_in_range(cls, value: str | float) -> str | float:
+    def _fraction_in_range(cls, value: str | float | list[str]) -> str | float | list[str]:
+        if value == []:
+            raise ValueError("an empty list names no public texts")
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"a fraction must lie between 0 and 1, for instance 0.2; got {value:g}")
         return value
@@ -165,8 +168,8 @@ def load_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
         table = _read(config, "test", base)
         test, names = _rows(table, config, task, "test", warnings)
         test = replace(test, labels=_indices(names, labels, table.where) if names else None)
-    if isinstance(config.public, str):
-        public, _ = _rows(_read(config, "public", base), config, task, "public", warnings)
+    if not isinstance(config.public, float):
+        public = _public(config, task, base, warnings)
     public = replace(public, labels=None, sites=None)
 
     train, test = _subset(train, config.max_train), _subset(test, config.max_test)
@@ -184,14 +187,13 @@ def load_server_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
         corpus = load_corpus(config, task, base)
         return replace(corpus, train=corpus.train.take([]))
     config = _resolved(config.model_copy(update={"train": ""}), task)
-    if not isinstance(config.test, str) or not isinstance(config.public, str):
+    if not isinstance(config.test, str) or isinstance(config.public, float):
         raise DataError("a server without data.train needs files in data.test and data.public: it has no other texts")
     warnings: list[str] = []
     test, names = _rows(_read(config, "test", base), config, task, "test", warnings)
     labels = tuple(config.labels or _sorted_labels(names))
     test = replace(test, labels=_indices(names, labels, str(config.test)) if names else None)
-    public, _ = _rows(_read(config, "public", base), config, task, "public", warnings)
-    public = _subset(replace(public, labels=None, sites=None), config.max_public)
+    public = _subset(replace(_public(config, task, base, warnings), labels=None, sites=None), config.max_public)
     empty, test = test.take([]), _subset(test, config.max_test)
     warnings += _overlaps(empty, test, public)
     return Corpus(empty, test, public, labels, tuple(warnings))
@@ -257,6 +259,21 @@ def _rows(table: Table, config: DataConfig, task: Task, role: Role, warnings: li
         site = site if site in table.columns else None
     names = _named(table, label, wanted) if label else []
     return replace(rows, sites=_named(table, site, wanted) if site else None), names
+
+
+def _public(config: DataConfig, task: Task, base: Path, warnings: list[str]) -> Rows:
+    """The public texts of one source, or equal parts of several, one after the other."""
+    sources = config.public if isinstance(config.public, list) else [config.public]
+    most, parts = config.max_public, []
+    for n, source in enumerate(sources):
+        table = _read(config.model_copy(update={"public": source}), "public", base)
+        rows, _ = _rows(table, config, task, "public", warnings)
+        share = None if most is None else most * (n + 1) // len(sources) - most * n // len(sources)
+        parts.append(_subset(rows, share))
+    if len({part.completions is None for part in parts}) > 1:
+        raise DataError(f"data.public: some of {', '.join(map(str, sources))} have completions, and others have none")
+    completions = None if parts[0].completions is None else [c for part in parts for c in part.completions or ()]
+    return Rows([prompt for part in parts for prompt in part.prompts], completions)
 
 
 def _texts(table: Table, config: DataConfig, task: Task) -> tuple[list[str], list[str] | None]:
@@ -350,9 +367,9 @@ def _indices(names: list[str], labels: tuple[str, ...], where: str) -> np.ndarra
     return np.array([index[name] for name in names], dtype=np.int64)
 
 
-def _held_out(part: str | float, n: int) -> int:
+def _held_out(part: str | float | list[str], n: int) -> int:
     """How many of `n` rows a fraction holds out: at least one, none where the set has a source of its own."""
-    return 0 if isinstance(part, str) else max(1, round(part * n))
+    return max(1, round(part * n)) if isinstance(part, float) else 0
 
 
 def _subset(rows: Rows, limit: int | None) -> Rows:

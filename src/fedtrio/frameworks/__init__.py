@@ -3,8 +3,12 @@
 from .baselines import Centralized, Local
 from .fedllm import FedLLM
 from .kd import KD
+from .kd_feddf import FedDF
+from .kd_fedmd import FedMD
+from .kd_fedmkt import FedMKT
 from .split import Split
 
 FRAMEWORKS = ("fedllm", "kd", "split", "centralized", "local")
+PROTOCOLS: dict[str, type[KD]] = {"standard": KD, "dsfl": KD, "fedmd": FedMD, "feddf": FedDF, "fedmkt": FedMKT}
 
-__all__ = ["FRAMEWORKS", "KD", "Centralized", "FedLLM", "Local", "Split"]
+__all__ = ["FRAMEWORKS", "KD", "PROTOCOLS", "Centralized", "FedDF", "FedLLM", "FedMD", "FedMKT", "Local", "Split"]

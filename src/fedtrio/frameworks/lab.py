@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ..data.batches import Batch, Encoded, collate, epoch_batches, length_sorted_batches
+from ..data.batches import IGNORE, Batch, Encoded, collate, epoch_batches, length_sorted_batches
 from ..data.private import PrivateData
 from ..errors import MessageError
 from ..message import Message, Reply
-from ..models.adapter import AdaptedModel
+from ..models.adapter import AdaptedModel, LoraConfig
 from ..models.cut import WHOLE, Span
 from ..models.train import Adapter, Learner, TrainConfig, distillation_loss, task_loss
 from .guards import Guards
@@ -83,6 +83,14 @@ class Framework(BaseModel):
     def cuts(self, depth: int) -> tuple[int, ...]:
         """Blocks before which the model is cut."""
         return ()
+
+    def foresee(self, lab: Lab, sites: Sequence[str]) -> list[str]:
+        """What a user should know before a run with these sites."""
+        return []
+
+    def model_of(self, site: str) -> tuple[str, LoraConfig | None] | None:
+        """Model and adapter of a site that holds another than the common one."""
+        return None
 
 
 @dataclass
@@ -170,21 +178,33 @@ class Lab:
         who: str,
         epochs: int,
         temperature: float,
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         learning_rate: float | None = None,
+        on_targets: float = 0.0,
+        rest: bool = False,
     ) -> dict[str, Tensor]:
-        """Train towards the teacher's logits (as `predict` lays them out) by weight · T²·KL; an adapter."""
+        """Train towards the teacher's logits (as `predict` lays them out) by weight · T²·KL; an adapter.
+
+        A weight for each row (a tensor) is also one for each text's part in the mean. `on_targets` is the weight of
+        the cross-entropy on the public texts themselves, for causal-lm; of `rest` see `distillation_loss`.
+        """
         learner = self.learner(adapter, learning_rate=learning_rate)
         batch_size = self.train.batch_size
         steps = epochs * -(-len(self.public) // batch_size)
-        counts = [self._rows_of(collate(self.public, [i], self.pad_id))[0] for i in range(len(self.public))]
-        starts = np.cumsum([0, *counts])
+        rows_of = torch.arange(len(teacher)).split(self.public_rows)
         for step, indices in enumerate(self._public_batches(round, who, epochs)):
             batch = collate(self.public, indices, self.pad_id)
-            wanted = torch.cat([teacher[starts[i] : starts[i + 1]] for i in indices]).to(self.model.device)
+            rows = torch.cat([rows_of[i] for i in indices])
+            wanted = teacher[rows].to(self.model.device)
             seed = self.dropout_seed(round, f"public {who}", step)
             logits = self.model.forward(learner.tensors, batch.lengths_B, batch.ids_BT, dropout_seed=seed)
-            loss = weight * distillation_loss(self._predicted(logits, batch), wanted, temperature)
+            student = self._predicted(logits, batch)
+            if isinstance(weight, Tensor):
+                loss = distillation_loss(student, wanted, temperature, self.to_device(weight[rows]), rest)
+            else:
+                loss = weight * distillation_loss(student, wanted, temperature, rest=rest)
+            if on_targets:
+                loss = loss + on_targets * task_loss(logits, self.to_device(batch.targets))
             self.model.backward(loss, batch.shape)
             learner.step(self.progress(round, step, steps))
         return learner.values()
@@ -196,6 +216,12 @@ class Lab:
             yield from epoch_batches(
                 len(self.public), self.train.batch_size, **order, site=f"public {who}", lengths=lengths
             )
+
+    @property
+    def public_rows(self) -> list[int]:
+        """Rows of logits for each public text: one, or for causal-lm one for each target token."""
+        targets = self.public.targets
+        return [int((t[1:] != IGNORE).sum()) for t in targets] if isinstance(targets, list) else [1] * len(self.public)
 
     def _rows_of(self, batch: Batch) -> list[int]:
         """Rows of logits for each example: one, or for causal-lm one for each target token."""

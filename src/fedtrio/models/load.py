@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -64,6 +65,13 @@ def load_tokenizer(path: str) -> Any:
             raise ModelError(f"the tokenizer of {path!r} has neither a pad token nor an end token: set one in it")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary(tokenizer: Any) -> str:
+    """A digest of a tokenizer's words, their numbers and its special tokens."""
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    words = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(repr((special, words)).encode(errors="replace")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

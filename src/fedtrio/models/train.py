@@ -164,12 +164,34 @@ def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (counted != -100).sum().clamp(min=1)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, temperature: float, weights_N: Tensor | None = None, rest: bool = False
+) -> Tensor:
     """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over rows; both are logits [N, C].
+
+    With weights each row's part is multiplied by its own. With `rest` the classes that share the least of the teacher's
+    logits in a row count as one: of them only the mass is known, and how the student parts it is its own affair.
 
     Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531): the factor T² keeps the
     gradient's size independent of T.
     """
     log_q = F.log_softmax(teacher / temperature, dim=-1)
     log_p = F.log_softmax(student / temperature, dim=-1)
+    if rest:
+        log_q, log_p = _with_rest(log_q, log_p)
+    if weights_N is not None:
+        rows_N = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+        return temperature**2 * (weights_N * rows_N).mean()
     return temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+
+
+def _with_rest(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [N, C + 1]: the classes at log_q's least give their mass to a last one, and have none themselves."""
+    least = log_q == log_q.amin(-1, keepdim=True)
+    none = torch.tensor(-1e4, dtype=log_q.dtype, device=log_q.device)  # e to it is 0 in every dtype
+
+    def lumped(log: Tensor) -> Tensor:
+        mass = log.masked_fill(~least, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat((torch.where(least, none, log), mass), dim=-1)
+
+    return lumped(log_q), lumped(log_p)

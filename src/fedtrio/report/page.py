@@ -56,6 +56,8 @@ def _reveals(results: Results, framework: str) -> str:
         labels = (results["config"].get("split") or {}).get("labels")
         causal = results["config"].get("task") == "causal-lm"
         return SPLIT.format(LABELS["client" if labels == "client" else "text" if causal else "server"])
+    if framework == "kd" and results["config"].get("kd", {}).get("protocol") == "feddf":
+        framework = "fedllm"  # adapters go up, and logits stay at the server
     return REVEALS.get(framework, "See the kinds of message.")
 
 
