@@ -338,7 +338,27 @@ def test_norms(labels: Any, variant: Any, lie: Lie, said: str) -> None:
     assert re.search(said, text), text
 
 
-@pytest.mark.parametrize("variant", ["sflv2", "sequential"])
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (facts(targets=9), "site-2 sent 9 targets of a batch with at most 4"),
+        (facts(targets=-1), "site-2 sent targets -1; it must be a whole number from 0"),
+        (facts(targets=None), "lacks the fact 'targets'"),
+    ],
+)
+def test_targets_of_a_batch(lie: Lie, said: str) -> None:
+    """Where one step is taken for all, they say by what a site counts."""
+    assert said in lied(Split(labels="client", variant="concatenated"), "activations", lie)
+
+
+def test_each_site_is_held_to_its_own_cut() -> None:
+    """What is right for one site is not for another."""
+    method = Split(cut={LIAR: 1, "others": 2}, labels="server")
+    whole = adapted("gpt2").part(adapted("gpt2").initial, (-1, 2))
+    assert "site-2 sent an unknown tensor" in lied(method, "adapter", tensors(lambda known: whole))
+
+
+@pytest.mark.parametrize("variant", ["sflv2", "sequential", "concatenated"])
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("skip", [0, 1])
 def test_a_shared_half_goes_on_without_the_liar(variant: Any, labels: Any, skip: int) -> None:
@@ -421,6 +441,15 @@ HONEST += [
     for labels in ("server", "client")
     for train in ({}, {"max_grad_norm": 0.1}, {"epochs": 0})
 ]
+
+
+HONEST += [
+    (Split(cut=cut, variant=variant, labels=labels), "any", train)
+    for cut, variant in (({"site-1": 0, "others": 3}, "sflv1"), ({"site-1": 1, "others": 4}, "concatenated"))
+    for labels in ("server", "client")
+    for train in ({}, {"max_grad_norm": 0.1})
+]
+HONEST += [(Split(cut=1, last_blocks=2, variant="concatenated"), "any", {})]
 
 
 @pytest.mark.parametrize("task", ["classification", "causal-lm"])

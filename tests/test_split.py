@@ -32,7 +32,7 @@ from fedtrio.data.batches import Batch, Encoded, collate
 from fedtrio.errors import MessageError, ModelError
 from fedtrio.frameworks import Centralized, FedLLM, Split
 from fedtrio.frameworks.lab import Lab
-from fedtrio.frameworks.split import ServerHalf
+from fedtrio.frameworks.split_server import ServerHalf
 from fedtrio.ledger import Ledger
 from fedtrio.message import Reply, decode, encode
 from fedtrio.meter import Meter
@@ -270,7 +270,7 @@ def test_a_silent_site_is_left_out_and_its_gradients_dropped() -> None:
             drive(method.server(setting, state, wire.sites), Broken(wire, "site-3", 1), 1, Ledger())  # type: ignore[arg-type]
             alone = play(method, model, (3, 5), n=1, max_grad_norm=clip, epochs=1)
             assert same({**state["site"], **state["server"]}, alone.adapter)
-            for variant in ("sflv2", "sequential"):
+            for variant in ("sflv2", "sequential", "concatenated"):
                 method = Split(variant=variant, labels=labels)  # type: ignore[arg-type]
                 _, wire = federation(method, setting, (3, 5, 5))
                 state = method.setup(setting)
@@ -411,7 +411,7 @@ def test_nothing_trains_in_a_frozen_bottom() -> None:
 CANARY = 83  # a label that no count, step or length here equals
 
 
-@pytest.mark.parametrize("variant", ["sflv1", "sflv2", "sequential"])
+@pytest.mark.parametrize("variant", ["sflv1", "sflv2", "sequential", "concatenated"])
 @pytest.mark.parametrize(("kind", "task"), [("gpt2", "classification"), ("qwen3", "causal-lm")])
 def test_labels_stay_at_the_site(kind: str, task: str, variant: str, tmp_path: Path) -> None:
     """labels: client — whole numbers never cross, and until a gradient does, nothing depends on the labels at all."""
@@ -438,11 +438,14 @@ def test_labels_stay_at_the_site(kind: str, task: str, variant: str, tmp_path: P
         [encode(r, 1) for r in found["client", value] if r.kind == "activations" and r.facts.get("step") == 0]
         for value in (CANARY, CANARY + 1)
     ]
-    if variant != "sflv1":  # the second site's activations come after the server has learnt from the first's gradients
+    if variant in (
+        "sflv2",
+        "sequential",
+    ):  # the second site's activations come after the server has learnt from the first's gradients
         first = [frames[:1] for frames in first]
     assert first[0] and first[0] == first[1]
     for reply in found["client", CANARY]:
-        assert set(reply.facts) <= {"step", "steps", "lengths", "weight"}
+        assert set(reply.facts) <= {"step", "steps", "lengths", "weight", "targets", "share"}
 
 
 def relabelled(data, value: int):

@@ -122,7 +122,10 @@ def prepare(bench: Bench) -> dict[str, Any]:
     """
     config = bench.config
     for name in config.frameworks:
-        bench.cuts(config.framework(name), config.seeds[0])  # better refused now than after an hour of another one
+        method, seed = config.framework(name), config.seeds[0]  # better refused now than after an hour of another one
+        bench.cuts(method, seed)
+        here = [share.name for share in bench.shares(seed)] if len(bench.corpus.train) else []
+        method.admit(bench.model(seed), config.train, here or config.wire.sites or [])
     return {
         "config": config.model_dump(mode="json"),
         "environment": environment(config),
@@ -145,7 +148,7 @@ def warnings_of(bench: Bench) -> list[str]:
         found.append(
             "split.labels is 'server': in causal-lm the labels are the text itself, which the server thus sees"
         )
-    if "split" in config.frameworks and config.split.cut == 0:
+    if "split" in config.frameworks and 0 in config.split.cuts(bench.model(config.seeds[0]).depth):
         found.append("split.cut is 0: the server can read the texts off the embeddings that sites send")
     if causal and "kd" in config.frameworks:
         rows, vocabulary = bench.encoded["public"].target_tokens(), len(bench.tokenizer)

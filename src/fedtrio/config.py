@@ -156,11 +156,10 @@ class Config(BaseModel):
         """The same configuration with every `auto` decided and paths absolute; itself a valid input."""
         device = pick_device(self.device)
         causal = self.task == "causal-lm"
-        labels = self.split.labels if self.split.labels != "auto" else ("client" if causal else "server")
         changed: dict[str, Any] = {
             "device": device.type,
             "train": self.train.model_copy(update={"precision": pick_precision(self.train.precision, device)}),
-            "split": self.split.model_copy(update={"labels": labels}),
+            "split": self.split.decided(self.task),
             "partition": self.partition or PartitionConfig(name="iid" if causal else "dirichlet"),
             "threads": self.threads or usable_cores(),
             "data": self.data.model_copy(update={k: self._absolute(getattr(self.data, k)) for k in _PATHS}),

@@ -77,6 +77,12 @@ class Batch:
         """(B, T)."""
         return self.ids_BT.shape[0], self.ids_BT.shape[1]
 
+    def target_tokens(self) -> int:
+        """What the batch's mean loss is over, as `Encoded.target_tokens`."""
+        if self.targets is None or self.targets.dim() == 1:
+            return len(self)
+        return int((self.targets[:, 1:] != IGNORE).sum())
+
     @property
     def mask_BT(self) -> Tensor:
         """The attention mask, int64: 1 on tokens, 0 on padding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -71,6 +71,9 @@ class Framework(BaseModel):
     def cuts(self, depth: int) -> tuple[int, ...]:
         """Blocks before which the model is cut."""
         return ()
+
+    def admit(self, model: AdaptedModel, train: TrainConfig, sites: Collection[str]) -> None:
+        """Raises ConfigError where the settings don't fit the model or the sites (empty: they are not known yet)."""
 
 
 @dataclass
