@@ -441,7 +441,7 @@ def test_labels_stay_at_the_site(kind: str, task: str, variant: str, tmp_path: P
     if variant in (
         "sflv2",
         "sequential",
-    ):  # the second site's activations come after the server has learnt from the first's gradients
+    ):  # the second site's come after the server has learnt from the first's
         first = [frames[:1] for frames in first]
     assert first[0] and first[0] == first[1]
     for reply in found["client", CANARY]:

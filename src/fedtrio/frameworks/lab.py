@@ -35,6 +35,7 @@ class Site(Protocol):
     data: PrivateData
     memory: dict[str, Any]
     round: int
+    secret: bytes  # known to no one else; empty in a simulation
 
 
 class Framework(BaseModel):

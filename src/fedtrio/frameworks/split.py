@@ -20,6 +20,7 @@ from ..message import Message, Reply
 from ..models.train import Adapter, task_loss
 from .lab import ClientDialogue, Inbox, Lab, Outbox, ServerProgram, Site, State, weights_of
 from .split_check import check
+from .split_noise import protected
 from .split_server import ServerHalf, pack_targets
 from .split_settings import NORMS, SplitSettings
 
@@ -73,19 +74,20 @@ class Split(SplitSettings):
             lengths = batch.lengths_B
             facts = {"step": step, "steps": site.data.steps, "lengths": " ".join(map(str, lengths.tolist()))}
             h_ND = lab.model.forward(learner.tensors, lengths, batch.ids_BT, span=bottom, dropout_seed=seed)
+            h_out_ND = protected(self, lab, site, step, h_ND)
             if top is None:
-                sent = {"h": h_ND, "labels": pack_targets(batch.targets, lengths)}
+                sent = {"h": h_out_ND, "labels": pack_targets(batch.targets, lengths)}
                 answer = yield Message("activations and labels", sent | norms, facts)
             else:
                 counted = {"targets": batch.target_tokens()} if self.variant == "concatenated" else {}
-                answer = yield Message("activations", {"h": h_ND} | norms, facts | counted)
+                answer = yield Message("activations", {"h": h_out_ND} | norms, facts | counted)
                 top_ND = lab.to_device(answer.tensor("h")).requires_grad_()
                 logits = lab.model.forward(learner.tensors, lengths, h_ND=top_ND, span=top, dropout_seed=seed)
                 loss = task_loss(logits, lab.to_device(batch.targets)) * float(answer.facts.get("share", 1.0))
                 lab.model.backward(loss, batch.shape, span=top)
                 answer = yield Message("activation gradients", {"dh": lab.to_device(top_ND.grad)}, facts)
-            if h_ND.requires_grad:
-                lab.model.backward(h_ND, batch.shape, lab.to_device(answer.tensor("dh")), bottom)
+            if h_out_ND.requires_grad:
+                lab.model.backward(h_out_ND, batch.shape, lab.to_device(answer.tensor("dh")), bottom)
             if lab.train.max_grad_norm is not None:
                 norms = {NORMS: learner.squared_norms()}
             learner.step(lab.progress(site.round, step, site.data.steps), answer.tensors.get(NORMS))

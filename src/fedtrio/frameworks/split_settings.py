@@ -52,6 +52,12 @@ class SplitSettings(Framework):
     last_blocks: int = Field(
         default=0, ge=0, description="labels at the client: blocks before the head that run at the site too"
     )
+    clip: float | None = Field(
+        default=None, gt=0, description="largest norm of a token's activations as they leave a site; null: no limit"
+    )
+    noise: float = Field(
+        default=0.0, ge=0, description="standard deviation of Gaussian noise on them, as a multiple of clip"
+    )
     least_cut: int = Field(default=1, ge=0, description="cut auto: the lowest that may be chosen, as it shows the most")
     site_flops_per_second: PerSite = Field(
         default=1e11, description="cut auto: speed of a site, or one for each by name and for `others`"
@@ -86,6 +92,7 @@ class SplitSettings(Framework):
         return [
             (self.last_blocks > 0 and self.labels == "server", "last_blocks run at the site behind the server's, so "
              "they need labels: client"),
+            (self.noise > 0 and self.clip is None, "noise is a multiple of clip: name the norm, as clip: 10"),
         ]  # fmt: skip
 
     def decided(self, task: str) -> Self:
