@@ -18,7 +18,6 @@ from fedtrio.models.train import task_loss
 from fedtrio.report.tables import left_sites
 from fedtrio.result import costs
 
-
 U_SHAPE = "activation gradients, activations, adapter"
 
 

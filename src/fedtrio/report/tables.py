@@ -116,12 +116,8 @@ def left_sites(results: Results) -> list[dict[str, str]]:
     rows = []
     for framework in frameworks_of(results):
         kinds = [kind for run in results["runs"] if run["framework"] == framework for kind in run.get("kinds") or []]
-        ways = {
-            way: sorted(
-                {part for k in kinds if k["direction"] == way and k["payload"] for part in k["kind"].split(" and ")}
-            )
-            for way in ("up", "down")
-        }
+        full = {way: [k["kind"] for k in kinds if k["direction"] == way and k["payload"]] for way in ("up", "down")}
+        ways = {way: sorted({part for kind in found for part in kind.split(" and ")}) for way, found in full.items()}
         settings = (results["config"].get("split") or {}) if framework == "split" else {}
         shield = f"clipped to norm {settings['clip']:g}" if settings.get("clip") else ""
         shield += f", noise of {settings['noise']:g} times that" if settings.get("noise") else ""
