@@ -329,7 +329,7 @@ def test_settings_that_do_not_go_together() -> None:
         ({"cut": {}}, "one for each site by name"),
         ({"cut": "deep"}, "or auto"),
         ({"cut": True}, "or auto"),
-        ({"last_blocks": 1, "labels": "server"}, "need labels: client"),
+        ({"last_blocks": 1, "labels": "server"}, "last_blocks need labels: client"),
         ({"site_flops_per_second": 0}, "greater than 0"),
     ):
         with pytest.raises(ValueError, match=says):

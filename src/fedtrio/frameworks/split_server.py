@@ -29,7 +29,8 @@ class ServerHalf:
         self._open: dict[str, Pass | Reply] = {}  # the U-shape's forward passes, or what to run them again from
         self._pending: float | None = None  # progress of a step that waits for the sites' norms
         self.learner = Learner({name: lab.to_device(t) for name, t in tensors.items()}, lab.train)
-        self.clips = lab.train.max_grad_norm is not None
+        self.clips = split.exchanges_norms(lab.train)
+        self.losses: list[Tensor] = []  # of each batch, where the labels are here
 
     def answer(self, site: str, reply: Reply) -> Message:
         """Go on with a site's batch: forward, backward or both, whatever its message allows."""
@@ -76,7 +77,7 @@ class ServerHalf:
     def _forward(self, site: str, reply: Reply) -> Pass:
         lab, layout = self._lab, self._split.layout(self._lab, site)
         lengths_B = lengths_of(site, reply)
-        wanted = bool(lab.model.part(lab.model.initial, layout.bottom))
+        wanted = not self._split.local_loss and bool(lab.model.part(lab.model.initial, layout.bottom))
         h_ND = lab.to_device(reply.tensor("h")).requires_grad_(wanted)
         if len(h_ND) != int(lengths_B.sum()):
             raise MessageError(f"{site} sent {len(h_ND)} activations for lengths that sum to {int(lengths_B.sum())}")
@@ -102,6 +103,7 @@ class ServerHalf:
             targets = unpack(targets[:, None] + 100, lengths_of(site, reply))[:, :, 0] - 100  # padding gets -100
         loss = task_loss(output, lab.to_device(targets))
         lab.model.backward(share * loss, shape, span=span)
+        self.losses.append(loss.detach())
         return h_ND
 
     def _step(self, replies: Mapping[str, Reply], h_of: Mapping[str, Tensor]) -> Outbox:

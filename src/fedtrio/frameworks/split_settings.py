@@ -52,6 +52,19 @@ class SplitSettings(Framework):
     last_blocks: int = Field(
         default=0, ge=0, description="labels at the client: blocks before the head that run at the site too"
     )
+    cache: Literal["none", "fixed", "adaptive"] = Field(
+        default="none", description="send a text's activations only where they have moved; how the threshold is kept"
+    )
+    cache_threshold: float = Field(
+        default=0.99, ge=-1, le=2, description="cosine with what was last sent, below which they are sent; 2: always"
+    )
+    cache_step: float = Field(
+        default=0.002, gt=0, le=1, description="cache adaptive: up after a round of more loss, down after one of less"
+    )
+    local_loss: bool = Field(
+        default=False, description="the site learns from an auxiliary head of its own; no gradients come back"
+    )
+    send_every: int = Field(default=1, ge=1, description="local_loss: steps from one message to the next")
     clip: float | None = Field(
         default=None, gt=0, description="largest norm of a token's activations as they leave a site; null: no limit"
     )
@@ -90,14 +103,16 @@ class SplitSettings(Framework):
     def refusals(self) -> list[tuple[bool, str]]:
         """Combinations that make no sense, and why."""
         return [
-            (self.last_blocks > 0 and self.labels == "server", "last_blocks run at the site behind the server's, so "
-             "they need labels: client"),
+            (self.last_blocks > 0 and self.labels == "server", "last_blocks need labels: client"),
+            (self.local_loss and self.labels == "client", "local_loss needs labels: server"),
+            (self.local_loss and self.last_blocks > 0, "last_blocks and local_loss don't go together"),
+            (self.send_every > 1 and not self.local_loss, "send_every needs local_loss: true"),
             (self.noise > 0 and self.clip is None, "noise is a multiple of clip: name the norm, as clip: 10"),
         ]  # fmt: skip
 
     def decided(self, task: str) -> Self:
         """With `labels: auto` decided."""
-        client = task == "causal-lm" or self.last_blocks > 0
+        client = (task == "causal-lm" or self.last_blocks > 0) and not self.local_loss
         return self.model_copy(update={"labels": "client" if client else "server"}) if self.labels == "auto" else self
 
     def admit(self, model: AdaptedModel, train: TrainConfig, sites: Collection[str]) -> None:
@@ -109,6 +124,13 @@ class SplitSettings(Framework):
                     raise ConfigError(f"split.{key} names {name!r}, which is no site{did_you_mean(name, sites)}")
         for site in sites:
             self._cut_of(model, train, site)
+        wide = model.module.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr, index]
+        if self.local_loss and model.task == "causal-lm" and wide != model.width:
+            raise ConfigError(f"split.local_loss needs embeddings as wide as the blocks, not {wide} and {model.width}")
+
+    def exchanges_norms(self, train: TrainConfig) -> bool:
+        """Whether the norm that gradients are clipped by is that of both sides; two losses have a norm each."""
+        return train.max_grad_norm is not None and not self.local_loss
 
     # Who runs what ---------------------------------------------------------------------------------------------------
 
