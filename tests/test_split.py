@@ -27,6 +27,7 @@ from tiny import (
     same,
 )
 from torch import Tensor
+from torch.nn.utils.stateless import _reparametrize_module
 
 from fedtrio.data.batches import Batch, Encoded, collate
 from fedtrio.errors import MessageError, ModelError
@@ -37,7 +38,7 @@ from fedtrio.ledger import Ledger
 from fedtrio.message import Reply, decode, encode
 from fedtrio.meter import Meter
 from fedtrio.models.adapter import AdaptedModel
-from fedtrio.models.cut import check_cut
+from fedtrio.models.cut import WHOLE, check_cut
 from fedtrio.models.train import task_loss
 from fedtrio.program import drive
 
@@ -322,6 +323,45 @@ def activations(h_ND: Tensor, batch: Batch, task: str) -> Reply:
         labels = torch.cat([row[:n] for row, n in zip(labels, batch.lengths_B.tolist(), strict=True)])
     facts = FACTS | {"lengths": " ".join(map(str, batch.lengths_B.tolist()))}
     return Reply("activations and labels", {"h": h_ND, "labels": labels.int()}, facts)
+
+
+# Gradients and texts over the cut ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "task"), ALL)
+def test_the_surrogate_has_the_gradients_of_the_whole(kind: str, task: str) -> None:
+    """S6: with λ = ∂ℓ/∂h, the site's part of ∇ℓ is ∇(λᵀh): all that it needs of the server is λ."""
+    model, encoded = adapted(kind, task), examples(task, 5)
+    batch = collate(encoded, range(5), PAD)
+    whole, below = lab(model).learner(model.initial), lab(model).learner(model.part(model.initial, (-1, 2)))
+    task_loss(model.forward(whole.tensors, batch.lengths_B, batch.ids_BT), batch.targets).backward()  # type: ignore[arg-type]
+    h_ND = model.forward(below.tensors, batch.lengths_B, batch.ids_BT, span=(-1, 2))
+    there_ND = h_ND.detach().requires_grad_()
+    logits = model.forward(model.initial, batch.lengths_B, h_ND=there_ND, span=(2, None))
+    task_loss(logits, batch.targets).backward()  # type: ignore[arg-type]
+    assert there_ND.grad is not None
+    (there_ND.grad * h_ND).sum().backward()
+    wanted, got = grads_of(whole.tensors), grads_of(below.tensors)
+    assert got.keys() == below.tensors.keys() and distance(got, {name: wanted[name] for name in got}) < 1e-12
+    assert max(float(g.abs().max()) for g in got.values()) > 1e-4
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_texts_are_continued_over_the_cuts_as_by_the_whole(kind: str) -> None:
+    """S12: greedy, token by token, against `generate` of transformers with its cache; here each prefix runs anew."""
+    model, prompt = adapted(kind, "causal-lm", tied=False), [5, 17, 60, 8]
+    with _reparametrize_module(model.module, dict(model.initial)), model._gates.open(WHOLE, None, None):
+        options = {"max_new_tokens": 8, "do_sample": False, "use_cache": True, "eos_token_id": None}
+        whole = model.module.generate(torch.tensor([prompt]), **options)[0].tolist()  # type: ignore[operator]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            lengths_B = torch.tensor([len(ids)])
+            h_ND = model.forward(model.initial, lengths_B, torch.tensor([ids]), span=(-1, 1))
+            for span in ((1, 3), (3, None)):
+                h_ND = model.forward(model.initial, lengths_B, h_ND=h_ND, span=span)
+            ids.append(int(h_ND[0, -1].argmax()))
+    assert ids == whole and len(set(ids[4:])) > 1
 
 
 # What crosses the cut ------------------------------------------------------------------------------------------------
