@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def a_round(bench: Any, name: str) -> Callable[[], dict[str, Any]]:
     def once() -> dict[str, Any]:
         bench.model(0).observe = lambda key, weights: meter.work(key, weights)
         state = method.setup(lab)
-        drive(method.server(lab, state, wire.sites), wire, 1, Ledger())
+        drive(method.server(lab, state, wire.sites), wire, 1, Ledger(), partial(method.check, lab))
         return dict(method.adapter(lab, state) or {})
 
     return once
@@ -120,6 +121,7 @@ def bare_round(bench: Any) -> Callable[[], dict[str, Any]]:
         optimizer = torch.optim.AdamW(groups, weight_decay=train.weight_decay, fused=True)
         for batch in batches:
             ids_BT = pad_sequence([ids[i] for i in batch], batch_first=True, padding_value=pad_id).to(device)
+            ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % train.pad_to_multiple_of), value=pad_id)
             mask_BT = (ids_BT != pad_id).long()
             with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 logits = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits

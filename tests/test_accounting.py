@@ -203,6 +203,38 @@ def test_the_ledger_does_not_depend_on_who_answered_first() -> None:
 
 
 @pytest.mark.parametrize("method", [FedLLM(), KD(), Split(labels="server"), Split(labels="client")])
+def test_a_frame_that_could_not_leave_is_not_counted(method: Any) -> None:
+    """One site is gone from its second turn on: of it there stands what crossed, and of the others all."""
+
+    class Gone:
+        abreast = None
+
+        def __init__(self, wire: Any) -> None:
+            self.wire, self.sites, self.crossed, self.unsent = wire, wire.sites, 0, 0
+
+        def exchange(self, frames: Any) -> Any:
+            for site, frame in frames:
+                if site == self.sites[0] and self.crossed:
+                    self.unsent += 1
+                    yield site, None
+                    continue
+                [(_, answer)] = self.wire.exchange([(site, frame)])
+                self.crossed += len(frame) + len(answer)
+                yield site, answer
+
+    setting, ledger = lab(adapted("gpt2", precision="fp32")), Ledger()
+    gone = Gone(federation(method, setting, (5, 3, 4))[1])
+    state, setting.round = method.setup(setting), 1
+    drive(method.server(setting, state, gone.sites), gone, 1, ledger)
+    assert ledger.total("bytes") == gone.crossed and gone.unsent == (not isinstance(method, FedLLM))
+    if isinstance(method, FedLLM):
+        setting.round = 2
+        drive(method.server(setting, state, gone.sites), gone, 2, ledger)
+        assert ledger.total("bytes") == gone.crossed and gone.unsent == 1
+        assert ledger.total("messages", site=gone.sites[0]) == 2
+
+
+@pytest.mark.parametrize("method", [FedLLM(), KD(), Split(labels="server"), Split(labels="client")])
 def test_a_wire_that_answers_backwards_changes_nothing(method: Any) -> None:
     """Neither a bit of the result nor a line of the ledger."""
 

@@ -23,11 +23,12 @@ from fedtrio.meter import Meter
 
 compare = partial(_compare, jobs=1)
 SMALL = ["data.max_train=120", "data.max_test=40", "data.max_public=24", "rounds=2", "threads=1"]
-NO_SECONDS = {"client_seconds"}
+NO_SECONDS = {"client_seconds", "server_seconds"}
 
 KEYS = {
     "framework", "seed", "accuracy", "loss", "rounds", "bytes_up", "bytes_down", "payload_up", "payload_down",
-    "client_flops", "client_seconds", "client_peak_bytes", "messages", "client_accuracy", "adapter", "curve",
+    "client_flops", "client_seconds", "server_seconds", "client_peak_bytes", "messages", "client_accuracy", "adapter",
+    "curve",
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def test_results_have_every_key(results, place):
     assert tuple(runs) == FRAMEWORKS and results["schema_version"] == 1
     for name, entry in runs.items():
         assert entry.keys() >= KEYS, KEYS - entry.keys()
-        assert entry["client_accuracy"].keys() == {"mean", "min"}
+        assert entry["client_accuracy"].keys() == {"mean", "min", "p10", "jain"}
         assert 0 <= entry["client_accuracy"]["min"] <= entry["client_accuracy"]["mean"] + 1e-12 <= 1
         assert [point["round"] for point in entry["curve"]] == [1, 2] and entry["rounds"] == 2
         for point in entry["curve"]:

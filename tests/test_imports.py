@@ -106,12 +106,9 @@ def test_frameworks_import_only_the_lab_and_fedllm_of_each_other() -> None:
     for name in FILES:
         if part(name) == "frameworks" and name not in ("frameworks/__init__", "frameworks/lab"):
             siblings = {m for m in imports_of(FILES[name], name) if part(m) == "frameworks"}
-            own = (
-                {m for m in siblings if m.startswith("frameworks/split_")}
-                if name.startswith("frameworks/split")
-                else set()
-            )
-            assert siblings - own <= {"frameworks/lab", "frameworks/guards", "frameworks/fedllm"}, name
+            whole = next((f for f in ("frameworks/fedllm", "frameworks/split") if name.startswith(f)), "none")
+            parts = {m for m in siblings if m.startswith(f"{whole}_")}
+            assert siblings - parts <= {"frameworks/lab", "frameworks/guards", "frameworks/fedllm"}, name
 
 
 def test_wires_know_no_message() -> None:

@@ -341,10 +341,12 @@ def test_settings_that_do_not_go_together() -> None:
 def test_sites_and_blocks_that_there_are_not() -> None:
     model, train, sites = adapted("gpt2"), TrainConfig(), ["berlin", "paris"]
     with pytest.raises(ConfigError, match=r"names 'pariss', which is no site; did you mean 'paris'"):
-        Split(cut={"pariss": 1, "others": 2}).admit(model, train, sites)
+        Split(cut={"pariss": 1, "others": 2}).check_sites(sites, 2)
     with pytest.raises(ConfigError, match="no value for berlin: name it, or add 'others'"):
-        Split(cut={"paris": 1}).admit(model, train, sites)
-    Split(cut={"paris": 1, "berlin": 2}).admit(model, train, sites)
+        Split(cut={"paris": 1}).check_sites(sites, 2)
+    Split(cut={"paris": 1, "berlin": 2}).check_sites(sites, 2)
+    with pytest.raises(ConfigError, match=r"least_cut 1 on for paris: the smallest half needs .* bytes"):
+        Split(cut="auto", site_memory_bytes={"paris": 9, "others": 1e12}).admit(model, train, sites)
     with pytest.raises(ModelError, match=r"split\.cut 3 and split\.last_blocks 2 are more than the 4 blocks"):
         Split(cut=3, last_blocks=2, labels="client").cuts(4)
     assert Split(cut={"a": 3, "b": 1}, last_blocks=1, labels="client").cuts(4) == (1, 3, 3)

@@ -127,6 +127,11 @@ class Bench:
             shares = [Share(shares[0].name, np.sort(np.concatenate([share.indices for share in shares])))]
         return shares
 
+    def names(self, method: Framework, seed: int) -> list[str]:
+        """The sites' names; of sites elsewhere, those that the configuration lists."""
+        here = len(self.corpus.train) > 0
+        return [share.name for share in self.roster(method, seed)] if here else list(self.config.wire.sites or [])
+
     def sites(
         self,
         method: Framework,

@@ -19,6 +19,8 @@ from .message import Message
 Use = Literal["adapter", "activations", "gradients", "logits"]
 USES: dict[str, Use] = {
     "adapter": "adapter",
+    "update": "adapter",
+    "gradients": "adapter",
     "activations": "activations",
     "activations and labels": "activations",
     "activation gradients": "gradients",

@@ -15,7 +15,7 @@ from .bench import Bench
 from .checkpoint import write_whole
 from .config import Config, WireConfig, load_config
 from .errors import ConfigError
-from .run import OnRound
+from .run import OnRound, cohort_size
 from .workers import Workers
 
 SCHEMA_VERSION = 1
@@ -122,10 +122,12 @@ def prepare(bench: Bench) -> dict[str, Any]:
     """
     config = bench.config
     for name in config.frameworks:
-        method, seed = config.framework(name), config.seeds[0]  # better refused now than after an hour of another one
-        bench.cuts(method, seed)
-        here = [share.name for share in bench.shares(seed)] if len(bench.corpus.train) else []
-        method.admit(bench.model(seed), config.train, here or config.wire.sites or [])
+        method, seed = config.framework(name), config.seeds[0]
+        bench.cuts(method, seed)  # better refused now than after an hour of another one
+        if sites := bench.names(method, seed):
+            method.check_sites(sites, cohort_size(len(sites), config.participation))
+            config.lora.ranks(sites) if method.federated else None
+        method.admit(bench.model(seed), config.train, sites)
     return {
         "config": config.model_dump(mode="json"),
         "environment": environment(config),

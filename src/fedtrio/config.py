@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -130,6 +130,15 @@ class Config(BaseModel):
             raise ValidationError.from_exception_data("Config", faults)
         return section
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        """Raises ValueError for what single sections can't know to be wrong."""
+        try:
+            refuse_wrong_pairs(self.fedllm, self.train, self.lora, self.wire.coding(0), self.frameworks)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
     @field_validator("seeds", "frameworks")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
@@ -156,9 +165,12 @@ class Config(BaseModel):
         """The same configuration with every `auto` decided and paths absolute; itself a valid input."""
         device = pick_device(self.device)
         causal = self.task == "causal-lm"
+        place, colon, rule = self.fedllm.aggregation.rpartition(":")
+        own = f"{self._absolute(place)}{colon}{rule}" if colon else rule
         changed: dict[str, Any] = {
             "device": device.type,
             "train": self.train.model_copy(update={"precision": pick_precision(self.train.precision, device)}),
+            "fedllm": self.fedllm.model_copy(update={"aggregation": own}),
             "split": self.split.decided(self.task),
             "partition": self.partition or PartitionConfig(name="iid" if causal else "dirichlet"),
             "threads": self.threads or usable_cores(),
@@ -210,6 +222,31 @@ class SiteConfig(BaseModel):
     def base(self) -> Path:
         """The folder that relative paths start from."""
         return self._base
+
+
+def refuse_wrong_pairs(
+    fedllm: FedLLM, train: TrainConfig, lora: LoraConfig, coding: Coding, frameworks: Collection[str]
+) -> None:
+    """Raises ConfigError where FedLLM's settings don't go with how sites train, their ranks, or the codecs."""
+    constant = train.lr_scheduler_type == "constant" and train.warmup_ratio == 0 and train.max_grad_norm is None
+    plain = train.optimizer == "sgd" and train.momentum == 0 and constant
+    if "fedllm" not in frameworks:
+        return
+    if fedllm.scaffold and not plain:
+        raise ConfigError(
+            "fedllm.scaffold corrects plain SGD at constant rates: set train.optimizer=sgd, train.momentum=0, "
+            "train.lr_scheduler_type=constant, train.warmup_ratio=0 and train.max_grad_norm=null"
+        )
+    if fedllm.upload == "seeds" and not (plain and train.weight_decay == 0):
+        raise ConfigError(
+            "fedllm.upload seeds replays plain SGD at constant rates: set train.optimizer=sgd, train.momentum=0, "
+            "train.weight_decay=0, train.lr_scheduler_type=constant, train.warmup_ratio=0 and train.max_grad_norm=null"
+        )
+    fedllm.refuse_codecs(coding.up.get("adapter"), coding.down.get("adapter"))
+    if lora.by_site:
+        if wrong := sorted({"kd", "split"} & set(frameworks)):
+            raise ConfigError(f"lora.r by site is for fedllm, not for {', '.join(wrong)}: set frameworks or one lora.r")
+        fedllm.refuse_mixed_ranks()
 
 
 Loaded = TypeVar("Loaded", Config, SiteConfig)

@@ -43,6 +43,15 @@ class Ledger:
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / name).write_bytes(frame)
 
+    def take_back(self, round: int, site: str, direction: str, kind: str, nbytes: int, payload: int) -> None:
+        """Uncount a frame that was recorded and then could not leave."""
+        entry = self._entries[round, site, direction, kind]
+        entry.messages -= 1
+        entry.bytes -= nbytes
+        entry.payload -= payload
+        if not entry.messages:
+            del self._entries[round, site, direction, kind]
+
     def __iter__(self) -> Iterator[Entry]:
         """Entries in an order that does not depend on who answered first."""
         return iter(sorted(self._entries.values(), key=lambda e: (e.round, e.site, e.direction, e.kind)))

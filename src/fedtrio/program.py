@@ -33,8 +33,8 @@ class Wire(Protocol):
         """From here on frames are of this round of this run, which ends `deadline` seconds from now."""
         ...
 
-    def exchange(self, frames: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-        """Deliver each frame and yield each answer."""
+    def exchange(self, frames: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes | None]]:
+        """Deliver each frame and yield each answer, or None for a frame that could not leave."""
         ...
 
     def wait_for(self, number: int, timeout: float | None) -> list[str]:
@@ -135,13 +135,14 @@ class Site:
             return self._conclude(self)
         if self._known is None:
             self._remember(received.round + 1)
-        return self._meter.effort(self.name).spent() | {"examples": len(self.data)}
+        return self._meter.effort(self.name).spent() | {"examples": len(self.data), "weight": self.data.weight}
 
 
 def ask(wire: Wire, kind: str, sites: Iterable[str], round: int) -> dict[str, Mapping[str, Fact]]:
     """What sites say of themselves, `ACCOUNT` or `CONCLUDE`; no part of a framework, and so not in the ledger."""
     frame = encode(Message(kind), round)
-    return {site: decode(answer).facts for site, answer in wire.exchange((site, frame) for site in sites)}
+    answers = wire.exchange((site, frame) for site in sites)
+    return {site: decode(answer).facts for site, answer in answers if answer is not None}
 
 
 def drive(
@@ -179,6 +180,9 @@ def drive(
         sent = _Sent(coding, round, step, ledger)
         step += 1
         for site, frame in wire.exchange(sent.frames(outbox)):
+            if frame is None:
+                sent.take_back(site)
+                continue
             try:
                 reply = decode(frame)
                 ledger.record(round, site, "up", reply.kind, frame, reply.payload_bytes)
@@ -199,8 +203,8 @@ def drive(
         left, asked = max(sites, len(cohort)) - len(lost), max(sites, len(cohort))
         if left < min(min_sites, asked):
             program.close()
-            why = f"; {last_refusal}" if last_refusal else ""
-            raise QuorumError(f"round {round}: {left} of at least {min_sites} sites are left{why}")
+            why = last_refusal or f"missing: {', '.join(sorted(lost))}"
+            raise QuorumError(f"round {round}: {left} of at least {min_sites} sites are left; {why}")
 
 
 class _Sent:
@@ -209,6 +213,7 @@ class _Sent:
     def __init__(self, coding: Coding, round: int, step: int, ledger: Ledger) -> None:
         self._coding, self._round, self._step, self._ledger = coding, round, step, ledger
         self.as_read: dict[str, Message] = {}  # each message as its site reads it
+        self._counted: dict[str, tuple[str, int, int]] = {}  # kind, bytes, payload
 
     def frames(self, outbox: dict[str, Message]) -> Iterator[tuple[str, bytes]]:
         """Site and frame, each entered in the ledger."""
@@ -224,4 +229,9 @@ class _Sent:
                 last = message
             self.as_read[site] = as_read
             self._ledger.record(self._round, site, "down", message.kind, frame, as_sent.payload_bytes)
+            self._counted[site] = message.kind, len(frame), as_sent.payload_bytes
             yield site, frame
+
+    def take_back(self, site: str) -> None:
+        """The site's frame did not leave."""
+        self._ledger.take_back(self._round, site, "down", *self._counted[site])

@@ -14,7 +14,8 @@ from .ledger import Ledger
 from .models.train import Adapter
 
 Efforts = Mapping[str, Mapping[str, Any]]  # what each site says of itself: flops, seconds, peak_bytes
-HOW = {"bytes": "measured", "client_flops": "counted", "client_seconds": "measured", "client_peak_bytes": "modelled"}
+HOW = dict.fromkeys(("bytes", "client_seconds", "server_seconds"), "measured")
+HOW |= {"client_flops": "counted", "client_peak_bytes": "modelled"}
 # process_peak_bytes, measured, stands beside a site that had a process of its own
 
 
@@ -61,10 +62,7 @@ def costs(
         "messages": _counted(method, ledger, "messages"),
         "client_seconds": round(sum(float(effort["seconds"]) for effort in efforts.values()), 3),
         "client_peak_bytes": max((int(effort["peak_bytes"]) for effort in efforts.values()), default=0),
-        "client_accuracy": {
-            "mean": math.fsum(known) / len(known) if known else None,
-            "min": min(known, default=None),
-        },
+        "client_accuracy": spread(known),
         "sites": [
             {
                 "name": site,
@@ -80,6 +78,26 @@ def costs(
         "kinds": ledger.by_kind() if method.federated else [],
         "left_sites": sorted({part for entry in sent for part in entry.kind.split(" and ")}),
         "how": HOW,
+    }
+
+
+def spread(accuracies: Sequence[float]) -> dict[str, float | None]:
+    """How a value is spread over sites: mean, minimum, 10th percentile, and Jain's index, all None without any.
+
+    The percentile lies linearly between the two nearest. Jain's index (Σx)² / (K·Σx²) is 1 where all are equal and 1/K
+    where one has all ("A Quantitative Measure of Fairness", DEC-TR-301, arXiv:cs/9809099).
+    """
+    if not accuracies:
+        return dict.fromkeys(("mean", "min", "p10", "jain"))
+    ordered, count = sorted(accuracies), len(accuracies)
+    place = 0.1 * (count - 1)
+    below, above = ordered[int(place)], ordered[min(int(place) + 1, count - 1)]
+    squares = math.fsum(x * x for x in accuracies)
+    return {
+        "mean": math.fsum(accuracies) / count,
+        "min": ordered[0],
+        "p10": below + (place - int(place)) * (above - below),
+        "jain": math.fsum(accuracies) ** 2 / (count * squares) if squares else 1.0,
     }
 
 

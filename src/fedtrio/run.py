@@ -17,7 +17,7 @@ from .checkpoint import Journal, append_line, write_whole
 from .config import Config
 from .errors import MessageError, QuorumError, WireError
 from .evaluate import Scores
-from .frameworks.lab import Framework, Lab, State
+from .frameworks.lab import Framework, Lab, ServerProgram, State
 from .ledger import Ledger
 from .meter import Meter
 from .program import ACCOUNT, CONCLUDE, Site, Wire, ask, drive
@@ -52,13 +52,16 @@ def run(
     wire = remote or _wire(bench, framework, lab, meter, folder)
     lab.abreast = wire.abreast
     done = Progress.of(method, lab, folder, record_frames)
+    _meet(config, method, lab, wire, done, name)
     for entry in done.curve:
         on_round(framework, seed, entry)
     for lab.round in range(done.round + 1, config.rounds + 1):
-        _round(bench, method, lab, wire, done, name)
+        lost = _round(bench, method, lab, wire, done, name)
         adapter = method.adapter(lab, done.state)
         scores = bench.evaluate(lab, adapter) if adapter is not None else None
-        done.efforts |= ask(wire, ACCOUNT, wire.sites, lab.round)
+        if config.deadline is not None:  # the round's may have passed, and questions come after it
+            wire.start_round(name, lab.round, config.deadline)
+        done.efforts |= ask(wire, ACCOUNT, sorted(set(wire.sites) - set(lost)), lab.round)
         told = {name: float(value) for name, value in done.state.get("diagnostics", {}).items()}
         counted = spent(method, done.ledger, done.efforts)
         done.commit(lab.round, {**shown(scores, config.task), **counted, **told})
@@ -72,8 +75,24 @@ def run(
             wire.close()
 
 
-def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress, name: str) -> None:
-    """One round, again where too few sites were left in the end; sites elsewhere may need time to come back."""
+def _meet(config: Config, method: Framework, lab: Lab, wire: Wire, done: Progress, name: str) -> None:
+    """What a server knows of its sites before the first round. Raises ConfigError where they don't suit the method."""
+    lab.sites = wire.sites
+    method.check_sites(lab.sites, cohort_size(len(lab.sites), config.participation))
+    lab.ranks = config.lora.ranks(lab.sites) if method.federated else {}
+    if method.wants_weights:
+        wire.start_round(name, done.round, config.deadline)
+        accounts = ask(wire, ACCOUNT, lab.sites, done.round)
+        if silent := sorted(set(lab.sites) - accounts.keys()):
+            raise QuorumError(f"fedllm.unbiased needs the weights of all sites; {', '.join(silent)} did not answer")
+        lab.weights = {site: float(facts["weight"]) for site, facts in accounts.items()}
+
+
+def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress, name: str) -> list[str]:
+    """One round, again where too few sites were left in the end; sites elsewhere may need time to come back.
+
+    Gives the sites that fell silent.
+    """
     config = bench.config
     cohort = sample(wire.sites, config.participation, lab.seed, lab.round)
     check, refuse = partial(method.check, lab), partial(done.refused, lab.round)
@@ -81,7 +100,7 @@ def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress
         state = dict(done.state)  # a round that fails leaves no trace
         wire.start_round(name, lab.round, config.deadline)
         try:
-            program = method.server(lab, state, cohort)
+            program = done.timed(method.server(lab, state, cohort))
             coding = config.wire.coding(lab.seed)
             lost = drive(program, wire, lab.round, done.ledger, check, refuse, config.min_sites, coding, len(cohort))
         except QuorumError:
@@ -93,7 +112,7 @@ def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress
             raise
         done.state = state
         done.lost(lab.round, lost)
-        return
+        return lost
 
 
 def _entry(
@@ -119,9 +138,10 @@ def _entry(
     result = {"framework": framework, "seed": lab.seed, "rounds": rounds, **reached}
     accounts = {site: {**done.efforts[site], **of_sites.get(site, {})} for site in examples}
     result |= costs(method, examples, accuracies, done.ledger, accounts)
-    result |= {"curve": done.curve, "events": done.events}
+    result |= {"server_seconds": round(done.server_seconds, 3), "curve": done.curve, "events": done.events}
     if out is not None:
-        result |= save(lab, adapter, list(examples), out, name)
+        shipped = method.shipped(lab, done.state) if adapter is not None else None
+        result |= save(lab, shipped, list(examples), out, name)
         lines = done.ledger.lines(framework=framework, seed=lab.seed) if method.federated else []
         write_whole(out / name / "ledger.jsonl", "".join(line + "\n" for line in lines).encode())
     return result
@@ -158,6 +178,7 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # answers refused, sites lost
     efforts: dict[str, Any] = field(default_factory=dict)  # what each site last said that it had spent
+    server_seconds: float = 0.0
     folder: Path | None = None
 
     @classmethod
@@ -173,6 +194,7 @@ class Progress:
             }  # an empty one left no trace
             start.ledger.restore(facts["ledger"])
             start.curve, start.events, start.efforts = facts["curve"], facts["events"], facts["efforts"]
+            start.server_seconds = facts["server_seconds"]
         return start
 
     def commit(self, round: int, entry: Mapping[str, Any]) -> None:
@@ -181,7 +203,21 @@ class Progress:
         self.curve.append({"round": round, **entry})
         if self.journal:
             counted = {"curve": self.curve, "events": self.events, "efforts": self.efforts}
-            self.journal.commit(round, self.state, counted | {"ledger": self.ledger.saved()})
+            counted |= {"server_seconds": self.server_seconds, "ledger": self.ledger.saved()}
+            self.journal.commit(round, self.state, counted)
+
+    def timed(self, program: ServerProgram) -> ServerProgram:
+        """The same program, whose own time is counted, without that in which it waits for sites."""
+        inbox: Any = None
+        while True:
+            start = time.perf_counter()
+            try:
+                outbox = program.send(inbox)
+            except StopIteration:
+                return
+            finally:
+                self.server_seconds += time.perf_counter() - start
+            inbox = yield outbox
 
     def refused(self, round: int, site: str, error: MessageError) -> None:
         """An answer that does not count."""
@@ -201,7 +237,12 @@ class Progress:
             append_line(self.folder.parent / "events.jsonl", json.dumps(said))
 
 
+def cohort_size(sites: int, participation: float) -> int:
+    """How many sites take part in a round."""
+    return max(1, int(participation * sites + 0.5))
+
+
 def sample(sites: Sequence[str], participation: float, seed: int, round: int) -> list[str]:
     """The sites that take part in a round, sorted; a pure function of its arguments."""
-    number = max(1, int(participation * len(sites) + 0.5))
+    number = cohort_size(len(sites), participation)
     return sorted(random.Random(f"cohort {seed} {round}").sample(sorted(sites), number))

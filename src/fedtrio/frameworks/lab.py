@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -46,6 +46,11 @@ class Framework(BaseModel):
     federated: ClassVar[bool] = True  # False for the yardsticks, in which nothing would cross a wire
     pooled: ClassVar[bool] = False  # True where all data lie in one place
 
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the server must know what all sites weigh before the first round."""
+        return False
+
     def setup(self, lab: Lab) -> State:
         """The server's state before the first round, as named groups of named tensors."""
         raise NotImplementedError
@@ -69,12 +74,19 @@ class Framework(BaseModel):
         """The model that a site keeps to itself; None where all hold the common one."""
         return None
 
+    def shipped(self, lab: Lab, state: State) -> Adapter | None:
+        """What is saved: an adapter that alone, beside the base, gives what `adapter` gives."""
+        return self.adapter(lab, state)
+
+    def check_sites(self, sites: Sequence[str], cohort: int) -> None:
+        """Raises ConfigError where the method can't work with these sites, of which `cohort` meet in a round."""
+
     def cuts(self, depth: int) -> tuple[int, ...]:
         """Blocks before which the model is cut."""
         return ()
 
-    def admit(self, model: AdaptedModel, train: TrainConfig, sites: Collection[str]) -> None:
-        """Raises ConfigError where the settings don't fit the model or the sites (empty: they are not known yet)."""
+    def admit(self, model: AdaptedModel, train: TrainConfig, sites: Sequence[str]) -> None:
+        """Raises ConfigError where the settings don't fit the model, at these sites (empty: not known yet)."""
 
 
 @dataclass
@@ -89,6 +101,9 @@ class Lab:
     pad_id: int
     abreast: int | None = None  # sites that may hold a dialogue at once, a matter of memory alone; None: all
     round: int = 0
+    sites: Sequence[str] = ()  # all that belong to the run; only a server knows them …
+    ranks: Mapping[str, int] = field(default_factory=dict)  # … the ranks of those that have their own …
+    weights: Mapping[str, float] = field(default_factory=dict)  # … and what each of them weighs
     guards: Guards = field(default_factory=Guards)
     hold: Callable[[int], None] = field(default=lambda nbytes: None)  # tells the meter what a site holds
 
@@ -113,12 +128,31 @@ class Lab:
     def fit(self, adapter: Adapter, site: Site) -> dict[str, Tensor]:
         """Train a whole model on a site's data for one round; an adapter like the one given."""
         learner = self.learner(adapter)
-        for step, batch in enumerate(site.data.batches(site.round)):
-            seed = self.dropout_seed(site.round, site.name, step)
-            logits = self.model.forward(learner.tensors, batch.lengths_B, batch.ids_BT, dropout_seed=seed)
-            self.model.backward(task_loss(logits, self.to_device(batch.targets)), batch.shape)
-            learner.step(self.progress(site.round, step, site.data.steps))
+        self.descend(learner, site)
         return learner.values()
+
+    def descend(
+        self,
+        learner: Learner,
+        site: Site,
+        runs: Callable[[Adapter], Adapter] = lambda trained: trained,
+        correct: Callable[[Learner], None] = lambda learner: None,
+    ) -> None:
+        """One round of steps on a site's data.
+
+        `runs` gives what the model runs with from what trains, and `correct` changes gradients before a step.
+        """
+        for step, batch in enumerate(site.data.batches(site.round)):
+            loss = self.loss(runs(learner.tensors), batch, site, step)
+            self.model.backward(loss, batch.shape)
+            correct(learner)
+            learner.step(self.progress(site.round, step, site.data.steps))
+
+    def loss(self, adapter: Adapter, batch: Batch, site: Site, step: int) -> Tensor:
+        """The mean loss of one of a site's batches, with the dropout of that step."""
+        seed = self.dropout_seed(site.round, site.name, step)
+        logits = self.model.forward(adapter, batch.lengths_B, batch.ids_BT, dropout_seed=seed)
+        return task_loss(logits, self.to_device(batch.targets))
 
     # The public set ------------------------------------------------------------------------------------------------
 
@@ -185,6 +219,16 @@ class Lab:
         expected = (self.public.target_tokens(), self.model.classes)
         if logits.shape != expected:
             raise MessageError(f"{who} sent logits {tuple(logits.shape)}; this public set wants {expected}")
+
+    # Ranks and scales ------------------------------------------------------------------------------------------------
+
+    def rank(self, site: str) -> int:
+        """The rank of a site's adapter."""
+        return self.ranks.get(site, self.model.rank)
+
+    def scale(self, site: str) -> float:
+        """The scale of a site's adapter."""
+        return self.model.scale(self.rank(site))
 
     # Small things ----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -115,13 +115,18 @@ class SplitSettings(Framework):
         client = (task == "causal-lm" or self.last_blocks > 0) and not self.local_loss
         return self.model_copy(update={"labels": "client" if client else "server"}) if self.labels == "auto" else self
 
-    def admit(self, model: AdaptedModel, train: TrainConfig, sites: Collection[str]) -> None:
+    def check_sites(self, sites: Sequence[str], cohort: int) -> None:
         """Raises ConfigError where the settings name sites that there are not, or leave some without a value."""
         for key in ("cut", "site_flops_per_second", "site_bytes_per_second", "site_memory_bytes"):
             value = getattr(self, key)
             for name in value if isinstance(value, dict) else ():
-                if sites and name != OTHERS and name not in sites:
+                if name != OTHERS and name not in sites:
                     raise ConfigError(f"split.{key} names {name!r}, which is no site{did_you_mean(name, sites)}")
+            for site in sites:
+                of_site(value, site, f"split.{key}")
+
+    def admit(self, model: AdaptedModel, train: TrainConfig, sites: Sequence[str]) -> None:
+        """Raises ConfigError where no cut fits a site, or the model has no place for the auxiliary head."""
         for site in sites:
             self._cut_of(model, train, site)
         wide = model.module.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr, index]

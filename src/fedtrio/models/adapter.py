@@ -6,23 +6,26 @@ An adapter is a mapping from parameter names to tensors: the LoRA tensors, the c
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from .cut import WHOLE, Gates, Reached, Span, find_blocks, pack, positions_of, unpack, within
 from .load import Task
 from .train import Adapter
 
 _HEADS = r".*(classifier|score)(\..*)?"  # trained whole by PEFT in sequence classification, so never given LoRA too
+
+_RANK = TypeAdapter(Annotated[int, Field(ge=1, le=10_000)])
 
 Observe = Callable[[tuple[Hashable, ...], Callable[[], set[int]]], AbstractContextManager[None]]
 
@@ -32,12 +35,55 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    r: int = Field(default=8, ge=1, le=10_000, description="rank")
+    r: int | list[int] | dict[str, int] = Field(
+        default=8,
+        description="rank, 1 to 10000; for fedllm also one for each site: a list in the order of their names, or a "
+        "mapping {site: r}",
+    )
     lora_alpha: float = Field(default=16, gt=0, description="scale is lora_alpha / r")
     target_modules: str | list[str] = Field(default="all-linear", description="module names, or all-linear")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input of A")
     use_rslora: bool = Field(default=False, description="scale is lora_alpha / sqrt(r)")
     modules_to_save: list[str] | None = Field(default=None, description="modules trained whole, beside the head")
+
+    @field_validator("r", mode="before")
+    @classmethod
+    def _ranks_in_range(cls, value: Any) -> Any:
+        """One fault in plain words, where a union of types would name three."""
+        given = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not given:
+            raise ValueError("a rank is missing: give one, or one for each site")
+        try:
+            ranks = [_RANK.validate_python(rank) for rank in given]
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
+        if isinstance(value, dict):
+            return dict(zip(value, ranks, strict=True))
+        return ranks if isinstance(value, list) else ranks[0]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank, that of the server."""
+        return self.r if isinstance(self.r, int) else max(self.r.values() if isinstance(self.r, dict) else self.r)
+
+    @property
+    def by_site(self) -> bool:
+        """Whether ranks are given site by site."""
+        return not isinstance(self.r, int)
+
+    def ranks(self, sites: Sequence[str]) -> dict[str, int]:
+        """The rank of each site; empty where all have one. Raises ConfigError where they don't fit the sites."""
+        sites = sorted(sites)
+        if isinstance(self.r, int):
+            return {}
+        if isinstance(self.r, list):
+            if len(self.r) != len(sites):
+                raise ConfigError(f"lora.r lists {len(self.r)} ranks for {len(sites)} sites: {', '.join(sites)}")
+            return dict(zip(sites, self.r, strict=True))
+        if wrong := sorted(self.r.keys() ^ set(sites)):
+            fault = "is no site" if wrong[0] in self.r else "has no rank"
+            raise ConfigError(f"lora.r: {wrong[0]!r} {fault}; the sites are {', '.join(sites)}")
+        return dict(self.r)
 
 
 def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
@@ -51,7 +97,7 @@ def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
     _check_saved(base, lora.modules_to_save or [])
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
-        r=lora.r,
+        r=lora.rank,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
         target_modules=lora.target_modules,
         lora_dropout=lora.dropout,
@@ -149,6 +195,7 @@ class AdaptedModel:
             _cast_once(self.module)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.module.modules())
         self.observe: Observe = lambda key, weights: nullcontext()
+        self._variant: tuple[Hashable, ...] = ()  # of the adapter that ran last, see `_variant_of`
         self._dtype_at: dict[int, torch.dtype] = {}  # of hidden states at a cut; bf16 in some models under autocast
         blocks = find_blocks(self.module)
         self._gates = Gates(blocks)
@@ -188,7 +235,9 @@ class AdaptedModel:
         training = dropout_seed is not None and self.has_dropout
         if self.module.training != training:
             self.module.train(training)
-        key = ("forward", span, (len(lengths_B), longest), torch.is_grad_enabled())  # as `backward` names the batch
+        self._variant = self._variant_of(adapter)
+        shape = (len(lengths_B), longest)  # as `backward` names the batch
+        key = ("forward", span, shape, torch.is_grad_enabled(), *self._variant)
         with (
             self.observe(key, lambda: self._addresses(adapter)),
             self._gates.open(span, h_BTD, dropout_seed if training else None),
@@ -206,8 +255,18 @@ class AdaptedModel:
         self, output: Tensor, shape: tuple[int, int], gradient: Tensor | None = None, span: Span = WHOLE
     ) -> None:
         """Backward through what `forward` gave for a batch of `shape` (B, T) over `span`."""
-        with self.observe(("backward", span, shape, True), set):
+        with self.observe(("backward", span, shape, True, *self._variant), set):
             output.backward(gradient)
+
+    def _variant_of(self, adapter: Adapter) -> tuple[Hashable, ...]:
+        """What makes a pass with this adapter cost another number of FLOPs: other ranks, frozen factors."""
+        training = torch.is_grad_enabled()
+        found = []
+        for name, tensor in adapter.items():
+            usual = self.initial.get(name)
+            if usual is not None and (tensor.shape != usual.shape or (training and not tensor.requires_grad)):
+                found.append((name, tuple(tensor.shape), tensor.requires_grad))
+        return tuple(found)
 
     def _call(self, adapter: Adapter, ids_BT: Tensor, mask_BT: Tensor) -> Any:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
@@ -293,20 +352,45 @@ class AdaptedModel:
                 f"{name} can't be cut at {list(stops)}: its halves differ from the whole by {difference:.2g}"
             )
 
+    # What the adapter is to the base --------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """The rank of `initial`."""
+        return self.peft.peft_config["default"].r
+
+    def scale(self, rank: int | None = None) -> float:
+        """s of W + s·B·A at that rank (default: the rank of `initial`): lora_alpha / r, or / √r with rslora."""
+        config, rank = self.peft.peft_config["default"], rank or self.rank
+        return config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+    def base_weight(self, layer: str) -> tuple[str, Tensor, bool]:
+        """Name and frozen weight of a layer with LoRA, and whether it lies as [in, out] (`Conv1D`, embeddings)."""
+        module: Any = self.module.get_submodule(layer)
+        turned = isinstance(module.base_layer, nn.Embedding) or bool(getattr(module, "fan_in_fan_out", False))
+        return f"{layer}.base_layer.weight", module.base_layer.weight, turned
+
     # Files ------------------------------------------------------------------------------------------------------
 
     def save(self, adapter: Adapter, folder: Path) -> None:
-        """Write an ordinary PEFT folder, which `PeftModel.from_pretrained` opens, head included."""
-        named = dict(self.module.named_parameters())
-        with torch.no_grad():
-            for name, tensor in adapter.items():
-                named[name].copy_(tensor)
+        """Write an ordinary PEFT folder, which `PeftModel.from_pretrained` opens, head included.
+
+        An adapter of another rank than `initial` is written with that rank; its scale stays `scale()`.
+        """
+        named, config = dict(self.module.named_parameters()), self.peft.peft_config["default"]
+        kept, scale = (config.r, config.lora_alpha), self.scale()
+        rank = next((tensor.shape[0] for name, tensor in adapter.items() if ".lora_A." in name), config.r)
+        weights = {name: named[name].data for name in adapter}
         try:
+            for name, tensor in adapter.items():
+                named[name].data = tensor.detach().to(weights[name])
+            if rank != config.r:
+                config.r, config.lora_alpha = rank, scale * (math.sqrt(rank) if config.use_rslora else rank)
             self.peft.save_pretrained(str(folder))
         finally:
-            with torch.no_grad():
-                for name, tensor in self.initial.items():
-                    named[name].copy_(tensor)
+            config.r, config.lora_alpha = kept
+            for name, weight in weights.items():
+                named[name].data = weight
 
     def _addresses(self, adapter: Adapter) -> set[int]:
         tensors = [*self.module.parameters(), *self.module.buffers(), *adapter.values()]

@@ -46,6 +46,10 @@ class TrainConfig(BaseModel):
         default="auto", description="bf16 is autocast over fp32 weights; auto takes it where the hardware has it"
     )
 
+    def rate(self, name: str) -> float:
+        """The full learning rate of the tensor of that name."""
+        return self.learning_rate if "lora_" in name else self.head_learning_rate
+
     def rate_factor(self, progress: float) -> float:
         """By what the learning rates are multiplied when `progress` (0 to 1) of the whole run is done."""
         if progress < self.warmup_ratio:
@@ -116,6 +120,23 @@ class Learner:
         """Forget gradients that will not be applied."""
         for tensor in self.tensors.values():
             tensor.grad = None
+
+    def memory(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimizer remembers, by tensor: moments and steps; nothing for plain SGD."""
+        state = self._optimizer.state if self._optimizer is not None else {}
+        kept = {name: state.get(tensor, {}) for name, tensor in self.tensors.items()}
+        return {
+            name: {key: value.detach().clone() for key, value in held.items() if isinstance(value, Tensor)}
+            for name, held in kept.items()
+            if held
+        }
+
+    def recall(self, memory: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on with what an earlier optimizer of the same kind remembered."""
+        for name, held in memory.items():
+            if self._optimizer is not None and name in self.tensors:
+                tensor = self.tensors[name]
+                self._optimizer.state[tensor] = {key: value.clone().to(tensor.device) for key, value in held.items()}
 
     def values(self) -> dict[str, Tensor]:
         """The tensors as they are now, detached."""

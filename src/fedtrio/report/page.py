@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtrio.report import charts
@@ -15,6 +15,7 @@ from fedtrio.report.tables import (
     SKEWED,
     TITLES,
     Results,
+    asides,
     cells,
     frameworks_of,
     left_sites,
@@ -180,6 +181,7 @@ def _context(results: Results) -> dict[str, Any]:
         "command": next_command(results),
         "score": score,
         "table": _table(results),
+        "asides": asides(results),
         "titles": TITLES,
         "quality": [(x, Markup(charts.quality(results, x))) for x in ("round", "bytes", "flops")],
         "traffic": Markup(charts.traffic(results)),
@@ -200,15 +202,20 @@ def _context(results: Results) -> dict[str, Any]:
 
 def render(results: Results) -> str:
     """The whole page as one string of HTML."""
-    template = files("fedtrio.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(_context(_printable(results)))
+    return filled("page.html.j2", _context(all_printable(results)))
 
 
-def _printable(value: Any) -> Any:
+def filled(template: str, context: dict[str, Any]) -> str:
+    """One of this package's templates with what it shows."""
+    loader = FunctionLoader(lambda name: files("fedtrio.report").joinpath(name).read_text(encoding="utf-8"))
+    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=loader, **options).get_template(template).render(context)
+
+
+def all_printable(value: Any) -> Any:
     """The same results, in whose names nothing but letters and white space is left."""
     if isinstance(value, dict):
-        return {_printable(key): _printable(inner) for key, inner in value.items()}
+        return {all_printable(key): all_printable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_printable(inner) for inner in value]
+        return [all_printable(inner) for inner in value]
     return printable(value) if isinstance(value, str) else value

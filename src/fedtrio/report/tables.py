@@ -365,6 +365,32 @@ def reading(results: Results) -> list[str]:
     return [line for line in lines if line]
 
 
+def asides(results: Results) -> list[str]:
+    """What the table has no column for: what averaging lost, and how models of sites' own are spread."""
+    lines = []
+    for framework in frameworks_of(results):
+        runs, title = [r for r in results["runs"] if r["framework"] == framework], TITLES.get(framework, framework)
+        curves = [[finite(entry.get("aggregation_error")) for entry in run.get("curve") or []] for run in runs]
+        known = [[error for error in curve if error is not None] for curve in curves]
+        if any(known):
+            last, most = mean(curve[-1] for curve in known if curve), max(max(c, default=0.0) for c in known)
+            lines.append(
+                f"{title}, aggregation error: the server’s update of the weights missed the exact mean of the sites’ "
+                f"updates by {percent_text(last)} of its norm in the last round, by {percent_text(most)} at most."
+            )
+        if any(run.get("adapters") for run in runs):
+            spread = {
+                key: mean((r.get("client_accuracy") or {}).get(key) for r in runs) for key in ("mean", "p10", "jain")
+            }
+            if None not in spread.values():
+                lines.append(
+                    f"{title}, a model for each site: accuracy {percent_text(spread['mean'])} in the mean and "
+                    f"{percent_text(spread['p10'])} at the 10th percentile of sites; Jain’s index {spread['jain']:.3f} "
+                    "(1: all equal)."
+                )
+    return lines
+
+
 def next_command(results: Results) -> str:
     """The next command worth typing: more seeds inside the spread, else harder data or more rounds."""
     config = results["config"]

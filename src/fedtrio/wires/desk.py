@@ -5,7 +5,8 @@ ignored, after its round it is late. What is lost on the way is sent again, so t
 
     POST /v1/hello   {"site_id", "greeting"} → {"session", "beat", "settings"}
     POST /v1/turn    Fedtrio-Session, -Site-Id, -Turn (answered, or -1) and the answer → the next frame with
-                     Fedtrio-Run, -Round, -Turn, -Start (1: its first in this round), -Beat; 204: nothing yet
+                     Fedtrio-Turn and, until the site has answered in this round, -Run, -Round, -Beat and -Start
+                     (1: its first in this round); 204: nothing yet
     POST /v1/beat    the site is still at work
 
 Refusals are JSON, {"error", "reason"}. Who a site is stands in its certificate, and nothing is read before that.
@@ -33,7 +34,7 @@ BEAT_S = 5.0
 GREETING_BYTES = 1 << 16
 HELLOS = 8  # at once
 
-Answers = queue.SimpleQueue[tuple[str, bytes | None]]  # None: the site is left out
+Answers = queue.SimpleQueue[tuple[str, bytes | None, bool]]  # None: the site is left out; whether it was sent a frame
 
 
 class Connection(Protocol):
@@ -63,6 +64,8 @@ class _Site:
     frame: bytes | None = None  # outstanding
     start: bool = False  # the outstanding frame is its first in this round
     begun: bool = False  # it has had a frame in this round
+    shown: int = -1  # the last turn that this process was given
+    knows: bool = False  # and it has answered one in this round
     forgot: bool = False  # its process knows nothing of this round
     out: str = ""  # why it has no part in the rest of this round
     notice: str = ""  # a refusal that it has not been told yet
@@ -105,13 +108,13 @@ class Desk:
         self._beat = BEAT_S if deadline is None else min(BEAT_S, deadline / 20)
         for site in self._sites.values():
             self._close_turn(site)
-            site.out, site.begun = "", False
+            site.out, site.begun, site.knows = "", False, False
 
     def give(self, name: str, frame: bytes, answers: Answers) -> None:
         """Deliver a frame; its answer will be put into `answers`, or None."""
         site, now = self._sites[name], self._loop.time()
         if site.out:
-            answers.put((name, None))
+            answers.put((name, None, False))
             return
         site.turn += 1
         site.frame, site.answers, site.start, site.begun = frame, answers, not site.begun, True
@@ -134,7 +137,7 @@ class Desk:
     def _close_turn(self, site: _Site) -> None:
         """What is outstanding will have no answer."""
         if site.answers is not None:
-            site.answers.put((site.name, None))
+            site.answers.put((site.name, None, site.shown == site.turn))
         site.frame, site.answers = None, None
 
     def withdraw(self, names: Iterable[str]) -> None:
@@ -284,6 +287,7 @@ class Desk:
             body = await asyncio.to_thread(lambda: json.dumps(answer).encode())
         if site.process != process:
             site.former, site.process = site.process, process
+            site.shown, site.knows = -1, False
             wake(site.poll)  # which is the older process's
             self._tell("joined", site.name)
         site.barred, site.seen, site.there = "", self._loop.time(), True
@@ -311,13 +315,10 @@ class Desk:
             raise Refusal(409, "refused", notice)
         if site.frame is None:
             return Response(status_code=204)
-        headers = {
-            "fedtrio-run": self._run,
-            "fedtrio-round": str(self._round),
-            "fedtrio-turn": str(site.turn),
-            "fedtrio-start": str(int(site.start)),
-            "fedtrio-beat": f"{self._beat:g}",
-        }
+        site.shown, headers = site.turn, {"fedtrio-turn": str(site.turn)}
+        if not site.knows:
+            headers |= {"fedtrio-run": self._run, "fedtrio-round": str(self._round)}
+            headers |= {"fedtrio-start": str(int(site.start)), "fedtrio-beat": f"{self._beat:g}"}
         return Pieces(site.frame, headers, self._patience)
 
     def _forget(self, site: _Site) -> None:
@@ -340,8 +341,8 @@ class Desk:
             self._check_turn(site, turn)
             self._check_process(site, request)
             assert site.answers is not None
-            site.accepted, site.frame, kept = turn, None, len(answer)
-            site.answers.put((site.name, answer))
+            site.accepted, site.frame, site.knows, kept = turn, None, turn == site.shown, len(answer)
+            site.answers.put((site.name, answer, True))
             site.answers = None
         finally:
             self.room.give(length - kept)

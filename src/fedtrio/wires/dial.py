@@ -98,6 +98,7 @@ class _Line:
         )
         self._id = secrets.token_hex(16)
         self._session, self._turn, self._answer = "", -1, b""
+        self._place: tuple[str, int] | None = None  # run and round
         self._server_limit = limit
         self._beat = 5.0
         self._over: str | None = None  # as a beat heard it
@@ -152,10 +153,12 @@ class _Line:
     def _work(self, said: _Answer) -> None:
         """Let the door answer a frame."""
         try:
-            run, start = said.headers["fedtrio-run"], said.headers["fedtrio-start"] == "1"
-            round, turn = int(said.headers["fedtrio-round"]), int(said.headers["fedtrio-turn"])
-            self._beat_every(float(said.headers["fedtrio-beat"]))
-        except (KeyError, ValueError) as error:
+            turn, start = int(said.headers["fedtrio-turn"]), said.headers.get("fedtrio-start") == "1"
+            if "fedtrio-run" in said.headers:
+                self._place = said.headers["fedtrio-run"], int(said.headers["fedtrio-round"])
+                self._beat_every(float(said.headers["fedtrio-beat"]))
+            run, round = self._place  # type: ignore[misc]
+        except (KeyError, TypeError, ValueError) as error:
             raise WireError("the server's answer is not understood; are both of the same version?") from error
         answer = self._door.answer(self._session, run, round, turn, start, said.body)
         if len(answer) > self._server_limit:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 PIECE_BYTES = 1 << 18
+SMALL_BYTES = 1 << 14
 SLOWEST_BYTES_PER_S = 10_000
 
 
@@ -36,6 +37,8 @@ class Pieces(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send it (ASGI)."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        if len(self.body) <= SMALL_BYTES:  # fits into what the connection buffers
+            return await send({"type": "http.response.body", "body": self.body})
         body, loop = memoryview(self.body), asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._patience) as end:

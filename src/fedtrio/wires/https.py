@@ -157,8 +157,11 @@ class Https:
             raise ValueError(f"run {run!r} cannot stand in a header; use printable ASCII")
         self._ask(self._desk.open_round, run, round, deadline)
 
-    def exchange(self, frames: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-        """Deliver each frame and yield each answer as it arrives; sites that vanish or are late are left out."""
+    def exchange(self, frames: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes | None]]:
+        """Deliver each frame and yield each answer as it arrives, or None where a site was gone before its frame left.
+
+        Sites that vanish later, or are late, are left out.
+        """
         answers: Answers = queue.SimpleQueue()
         pending: set[str] = set()
         try:
@@ -168,9 +171,12 @@ class Https:
                 pending.add(name)
                 self._soon(self._desk.give, name, frame, answers)
             while pending:
-                name, answer = self._fetch(answers)
+                name, answer, sent = self._fetch(answers)
                 pending.discard(name)
-                if answer is not None:
+                if answer is None:
+                    if not sent:
+                        yield name, None
+                else:
                     try:
                         yield name, answer
                     finally:
@@ -256,7 +262,7 @@ class Https:
                 return done.result(timeout=1.0)
             self._check_thread()
 
-    def _fetch(self, answers: Answers) -> tuple[str, bytes | None]:
+    def _fetch(self, answers: Answers) -> tuple[str, bytes | None, bool]:
         while True:
             with contextlib.suppress(queue.Empty):
                 return answers.get(timeout=1.0)

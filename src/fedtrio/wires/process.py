@@ -46,8 +46,11 @@ class Process:
             with suppress(BrokenPipeError, ConnectionResetError):
                 pipe.send((RESET, "", b""))
 
-    def exchange(self, frames: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-        """Deliver each frame and yield each answer as it comes. Raises what a site raised."""
+    def exchange(self, frames: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes | None]]:
+        """Deliver each frame and yield each answer as it comes, or None where its worker died before.
+
+        Raises what a site raised.
+        """
         pipes = {site: pipe for group, (_, pipe) in zip(self._groups, self._workers, strict=True) for site in group}
         queues: dict[Connection, deque[tuple[str, bytes]]] = {}
         for site, frame in frames:
@@ -66,12 +69,14 @@ class Process:
                 if not self._sent_next(pipe, queues[pipe]):
                     waiting.remove(pipe)
                 yield site, answer
+        yield from ((site, None) for queue in queues.values() for site, _ in queue)
 
     def _sent_next(self, pipe: Connection, queue: deque[tuple[str, bytes]]) -> bool:
         """One frame at a time: two who send to each other and do not read would wait for ever."""
         with suppress(BrokenPipeError, ConnectionResetError):
             if queue:
-                pipe.send(("answer", *queue.popleft()))
+                pipe.send(("answer", *queue[0]))
+                queue.popleft()
                 return True
         return False
 

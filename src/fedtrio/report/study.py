@@ -1,0 +1,239 @@
+"""The table of a study in CSV, LaTeX and words, and its page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from markupsafe import Markup
+
+from fedtrio.report.page import all_printable, filled
+from fedtrio.report.svg import LETTER, Axis, line, short, svg, text, tone
+from fedtrio.report.tables import TITLES, YARDSTICKS, Row, Score, score_of, summary
+from fedtrio.report.units import bytes_text, finite, flops_text, mean, memory_text, percent_text, seconds_text
+
+Study = Mapping[str, Any]
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 340, 50, 18, 16, 46
+KNOWN = {"round", "accuracy", "loss", "perplexity", "bytes_up", "bytes_down", "client_flops"}  # in a curve's entries
+
+
+@dataclass(frozen=True)
+class Line:
+    """One framework at one point: what was set there, and what came of it, means over the seeds."""
+
+    point: str
+    settings: Mapping[str, Any]
+    row: Row
+    server_seconds: float | None
+    more: dict[str, float] = field(default_factory=dict)  # what else the last round told, as aggregation_error
+
+
+def lines_of(study: Study) -> list[Line]:
+    """All lines, in the order of the points and of their frameworks."""
+    found = []
+    for point in study["points"]:
+        results = {"config": {"task": _task(study)}, "runs": point["runs"]}
+        for row in summary(results):
+            runs = [run for run in point["runs"] if run["framework"] == row.framework]
+            last = [run["curve"][-1] for run in runs if run.get("curve")]
+            names = dict.fromkeys(name for entry in last for name in entry if name not in KNOWN)
+            told = {name: mean(entry.get(name) for entry in last) for name in names}
+            more = {name: value for name, value in told.items() if value is not None}
+            seconds = mean(run.get("server_seconds") for run in runs)
+            found.append(Line(point["name"], point["settings"], row, seconds, more))
+    return found
+
+
+def _task(study: Study) -> str:
+    entries = (run for point in study["points"] for run in point["runs"])
+    return "causal-lm" if any("perplexity" in run for run in entries) else "classification"
+
+
+def _score(study: Study) -> Score:
+    return score_of({"config": {"task": _task(study)}})
+
+
+def columns(study: Study) -> tuple[list[str], list[list[object]]]:
+    """Heads and rows of plain numbers: bytes, FLOPs, seconds; costs of the mean site over the whole run."""
+    lines, key = lines_of(study), _score(study).key
+    more = list(dict.fromkeys(name for each in lines for name in each.more))
+    varied = list(study["varied"])
+    heads = ["point", *varied, "framework", "seeds", key, f"{key}_sd", "client_accuracy_min", "bytes_up", "bytes_down"]
+    heads += ["client_flops", "client_peak_bytes", "messages", "client_seconds", "server_seconds", *more]
+    rows: list[list[object]] = []
+    for each in lines:
+        row, sites = each.row, each.row.sites
+        settings = [_plain(each.settings.get(name, "")) for name in varied]
+        numbers = [row.score, row.score_sd, row.client_min, row.bytes_up / sites, row.bytes_down / sites]
+        numbers += [row.client_flops / sites, row.client_peak_bytes, row.messages, row.client_seconds / sites]
+        numbers += [each.server_seconds, *(each.more.get(name) for name in more)]
+        rows.append([each.point, *settings, row.framework, row.seeds, *("" if n is None else n for n in numbers)])
+    return heads, rows
+
+
+def csv_text(study: Study) -> str:
+    """The table for a spreadsheet or a program."""
+    out = io.StringIO()
+    heads, rows = columns(study)
+    csv.writer(out, lineterminator="\n").writerows([heads, *rows])
+    return out.getvalue()
+
+
+def words(study: Study) -> tuple[list[str], list[list[str]]]:
+    """The table for people: heads and rows of text."""
+    score, lines = _score(study), lines_of(study)
+    more = list(dict.fromkeys(name for each in lines for name in each.more))
+    heads = ["Point", "Framework", score.name, "Weakest site", "Up / site", "Down / site", "Compute / site"]
+    heads += ["Peak memory", "Server time", *(name.replace("_", " ").capitalize() for name in more)]
+    rows = []
+    for each in lines:
+        row = each.row
+        spread = f" ± {score.text(row.score_sd, unit=False)}" if row.score_sd is not None else ""
+        quality = [score.text(row.score, unit=False) + spread, percent_text(row.client_min)]
+        costs = [bytes_text(row.bytes_up / row.sites), bytes_text(row.bytes_down / row.sites)]
+        costs += [flops_text(row.flops_per_site), memory_text(row.client_peak_bytes), seconds_text(each.server_seconds)]
+        if row.framework in YARDSTICKS:
+            costs[:2] = "–", "–"
+        told = [f"{each.more[name]:.3g}" if name in each.more else "–" for name in more]
+        rows.append([each.point, row.title, *quality, *costs, *told])
+    return heads, rows
+
+
+def latex(study: Study) -> str:
+    """The table for a paper, with booktabs."""
+    heads, rows = words(study)
+    body = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
+    top = " & ".join(map(_tex, heads)) + r" \\"
+    form = "ll" + "r" * (len(heads) - 2)
+    lines = [rf"\begin{{tabular}}{{{form}}}", r"\toprule", top, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(study: Study) -> str:
+    """The table for a document."""
+    heads, rows = words(study)
+    rule = ["-", "-", *["-:"] * (len(heads) - 2)]
+    cells = ([*map(str, row)] for row in [heads, rule, *rows])
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells) + "\n"
+
+
+def render(study: Study) -> str:
+    """The study's page as one string of HTML."""
+    study = all_printable(study)
+    heads, rows = words(study)
+    lines = lines_of(study)
+    shown = [(name, Markup(_scatter(lines, _score(study), name))) for name in _COSTS]
+    seeds = sum(len(point["runs"]) for point in study["points"])
+    context = {"title": study["study"], "heads": heads, "rows": [*zip(lines, rows, strict=True)], "titles": TITLES}
+    facts = [("Points", len(study["points"])), ("Runs", seeds), ("Varied", ", ".join(study["varied"]) or "nothing")]
+    captions = {"bytes": "bytes of a site", "flops": "operations of a site"}
+    return filled(
+        "study.html.j2", context | {"facts": facts, "charts": shown, "captions": captions, "score": _score(study)}
+    )
+
+
+# Quality against cost -------------------------------------------------------------------------------------------------
+
+_COSTS = {
+    "bytes": (lambda row: row.bytes_per_site, bytes_text, "Bytes of one site, both directions (log)"),
+    "flops": (lambda row: row.flops_per_site, flops_text, "Operations of one site (log)"),
+}
+
+
+def front(spots: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
+    """The (cost, quality) that no other one beats in both, cheapest first."""
+    best: list[tuple[float, float]] = []
+    sign = -1 if higher_is_better else 1
+    for cost, quality in sorted(spots, key=lambda spot: (spot[0], sign * spot[1])):
+        if not best or sign * quality < sign * best[-1][1]:
+            best.append((cost, quality))
+    return best
+
+
+def _scatter(lines: Sequence[Line], score: Score, cost: str) -> str:
+    """One mark for each framework at each point, and the front as steps."""
+    of, write, name = _COSTS[cost]
+    marks = [(each, of(each.row), finite(each.row.score)) for each in lines if each.row.framework not in YARDSTICKS]
+    kept = [(each, x, y) for each, x, y in marks if x > 0 and y is not None]
+    if not kept:
+        return ""
+    xs, ys = [x for _, x, _ in kept], [y for *_, y in kept]
+    ratio = (max(xs) / min(xs)) ** 0.06 if max(xs) > min(xs) else 2.0
+    pad = 0.08 * (max(ys) - min(ys)) or 0.05
+    x_axis = Axis(min(xs) / ratio, max(xs) * ratio, LEFT + 8, WIDTH - RIGHT, log=True)
+    y_axis = Axis(min(ys) - pad, max(ys) + pad, HEIGHT - BOTTOM, TOP)
+    body = [*_frame(x_axis, y_axis, score, write, name)]
+    steps = front([(x, y) for _, x, y in kept], score.higher_is_better)
+    outline = "".join(f"H{x_axis.at(x):.1f}V{y_axis.at(y):.1f}" for x, y in steps[1:])
+    start = f"M{x_axis.at(steps[0][0]):.1f} {y_axis.at(steps[0][1]):.1f}"
+    body.append(f'<path class="curve" style="--c:var(--strong)" d="{start}{outline}"/>')
+    for each, x, y in kept:
+        told = escape(f"{each.point}, {each.row.title}: {score.text(y)}, {write(x)}")
+        spot = f'cx="{x_axis.at(x):.1f}" cy="{y_axis.at(y):.1f}"'
+        body.append(
+            f'<g style="--c:{tone(each.row.framework)}"><title>{told}</title><circle class="mark" {spot} r="5"/></g>'
+        )
+    body += _names(kept, steps, x_axis, y_axis)
+    return svg(
+        f"study-{cost}",
+        f"{score.name} against {cost}",
+        "One mark for each framework at each point.",
+        (WIDTH, HEIGHT),
+        body,
+    )
+
+
+def _names(
+    kept: Sequence[tuple[Line, float, float]], steps: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis
+) -> list[str]:
+    """Points on the front by name, where there is room."""
+    found, taken = [], []
+    for each, x, y in kept:
+        if (x, y) not in steps:
+            continue
+        label, at = short(each.point, 28), (x_axis.at(x), y_axis.at(y))
+        left = at[0] + 9 if at[0] + 9 + LETTER * len(label) < WIDTH - RIGHT else at[0] - 9 - LETTER * len(label)
+        box = (left, at[1] - 14, left + LETTER * len(label), at[1] + 6)
+        if all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken):
+            taken.append(box)
+            found.append(
+                text(left, at[1] - 5, label, "start", f' class="label" style="--c:{tone(each.row.framework)}"')
+            )
+    return found
+
+
+def _frame(x_axis: Axis, y_axis: Axis, score: Score, write: Any, name: str) -> list[str]:
+    body = []
+    for mark in y_axis.ticks():
+        body.append(line(LEFT, y_axis.at(mark), WIDTH - RIGHT, y_axis.at(mark), "grid"))
+        words = percent_text(mark, 0 if math.isclose(100 * mark, round(100 * mark), abs_tol=1e-6) else 1)
+        told = words if score.key == "accuracy" else f"{mark:,.4g}"
+        body.append(text(LEFT - 7, y_axis.at(mark) + 4, told, "end", ' class="tick"'))
+    for mark in x_axis.ticks(4):
+        told = write(mark).replace(".0 ", " ").replace(".00 ", " ")
+        body.append(text(x_axis.at(mark), HEIGHT - BOTTOM + 18, told, "middle", ' class="tick"'))
+    body.append(line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
+    body.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, name, "middle", ' class="name"'))
+    return body
+
+
+def _plain(value: Any) -> object:
+    return value if isinstance(value, str | int | float) else json.dumps(value)
+
+
+def _tex(words: str) -> str:
+    special = {
+        "\\": r"\textbackslash{}",
+        "±": r"$\pm$",
+        "–": "--",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+    }
+    special |= {letter: "\\" + letter for letter in "&%$#_{}"}
+    return "".join(special.get(letter, letter) for letter in words)

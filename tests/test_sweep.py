@@ -1,0 +1,123 @@
+"""Studies: which points there are, what their table says, and that nothing finished is run again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtrio import sweep as module
+from fedtrio.compare import compare
+from fedtrio.errors import ConfigError
+from fedtrio.report.study import columns, csv_text, front, latex, markdown, render
+from fedtrio.sweep import Study, load_study, sweep
+
+SMALL = "data.max_train: 60, data.max_test: 20, data.max_public: 8, rounds: 1, seeds: [0, 1], threads: 1"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_points_times_grid() -> None:
+    study = Study(set={"rounds": 2}, points={"a": {"x": 1}, "b": {}}, grid={"lora.r": [2, 4], "rounds": [3]})
+    assert study.all_points() == {
+        "a, lora.r=2, rounds=3": {"rounds": 3, "x": 1, "lora.r": 2},
+        "a, lora.r=4, rounds=3": {"rounds": 3, "x": 1, "lora.r": 4},
+        "b, lora.r=2, rounds=3": {"rounds": 3, "lora.r": 2},
+        "b, lora.r=4, rounds=3": {"rounds": 3, "lora.r": 4},
+    }
+    assert Study().all_points() == {"base": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pionts: {}", "pionts is no key of a study; did you mean 'points'?"),
+        ("grid: {lora.r: []}", "lora.r must have at least one value"),
+        ("grid: {lora.r: [2, 2]}", "each once"),
+        ("grid: {lora.rr: [2]}", "point 'lora.rr=2': --set: lora.rr is no setting; did you mean 'r'?"),
+        ("points: {bad: {rounds: 0}}", "point 'bad': --set: rounds: "),
+        ("base: nowhere.yaml", "nowhere.yaml: No such file"),
+        ("points: [", "can't be read as a study"),
+    ],
+)
+def test_a_study_that_cannot_be(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_study(written(tmp_path, text))
+    assert said in str(caught.value) and str(caught.value).startswith(str(tmp_path / "small.yaml"))
+
+
+def test_points_that_would_share_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two points would share a folder"):
+        sweep(written(tmp_path, "points: {a b: {}, a_b: {}}"), tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("study")
+    text = f"set: {{{SMALL}, frameworks: [fedllm, local]}}\npoints: {{plain: {{}}, int8: {{wire.up: int8}}}}"
+    path = written(folder, text)
+    return path, folder / "out", sweep(path, folder / "out", jobs=1)
+
+
+def test_a_study_is_its_comparisons(whole: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    path, out, found = whole
+    _, configs = load_study(path)
+    alone = compare(configs["int8"], tmp_path, jobs=1)["runs"]
+    hashes = lambda runs: [(run["framework"], run["seed"], run["adapter_sha256"]) for run in runs]  # noqa: E731
+    assert [point["name"] for point in found["points"]] == ["plain", "int8"] and found["varied"] == ["wire.up"]
+    assert hashes(found["points"][1]["runs"]) == hashes(alone) != hashes(found["points"][0]["runs"])
+    assert json.loads((out / "study.json").read_text()) == found
+    assert (out / "int8" / "report.html").is_file() and (out / "report.html").read_text().count("<svg") == 2
+
+
+def test_the_table_says_what_the_runs_say(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    *_, found = whole
+    rows = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert [(row["point"], row["framework"]) for row in rows] == [
+        (point, name) for point in ("plain", "int8") for name in ("fedllm", "local")
+    ]
+    for row, point in zip(rows[::2], found["points"], strict=True):
+        runs = [run for run in point["runs"] if run["framework"] == "fedllm"]
+        sites = len(runs[0]["sites"])
+        assert float(row["accuracy"]) == pytest.approx(sum(run["accuracy"] for run in runs) / 2)
+        assert float(row["bytes_up"]) == pytest.approx(sum(run["bytes_up"] for run in runs) / 2 / sites)
+        assert row["seeds"] == "2" and float(row["server_seconds"]) > 0 and row["wire.up"] in ("", "int8")
+    assert (
+        float(rows[2]["bytes_up"]) < float(rows[0]["bytes_up"]) / 2 and rows[2]["bytes_down"] == rows[0]["bytes_down"]
+    )
+    heads, lines = columns(found)
+    assert all(len(line) == len(heads) for line in lines)
+    assert latex(found).count(r"\\") == 5 and markdown(found).count("\n") == 6
+
+
+def test_what_is_finished_is_not_run_again(
+    whole: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out, found = whole
+    monkeypatch.setattr(module, "compare", lambda *_, **__: pytest.fail("it was run again"))
+    assert sweep(path, out) == found
+    (out / "plain" / "results.json").unlink()
+    started: list[Path] = []
+    monkeypatch.setattr(module, "compare", lambda config, folder, jobs: started.append(folder) or {"runs": []})
+    sweep(path, out, jobs=1)
+    assert started == [out / "plain"]
+
+
+def test_names_are_escaped() -> None:
+    run = {"framework": "fedllm", "seed": 0, "accuracy": 0.5, "bytes_up": 5, "bytes_down": 5, "client_flops": 9}
+    page = render({"study": "<b>", "varied": [], "points": [{"name": "<i>&", "settings": {}, "runs": [run]}]})
+    assert "<b>" not in page and "<i>" not in page and "&lt;i&gt;&amp;" in page
+
+
+def test_the_front() -> None:
+    spots = [(1.0, 0.3), (2.0, 0.2), (2.0, 0.5), (4.0, 0.5), (8.0, 0.9)]
+    assert front(spots, True) == [(1.0, 0.3), (2.0, 0.5), (8.0, 0.9)]
+    assert front(spots, False) == [(1.0, 0.3), (2.0, 0.2)]
