@@ -49,8 +49,9 @@ CODECS: dict[str, tuple[Bound | None, Callable[[int], int]]] = {  # error, and b
     "topk:8:token+int8": (None, lambda N: N * (8 + 2 + WIDTH // 8)),
     "lowrank:4": (None, lambda N: 4 * min(4 * (N + WIDTH), N * WIDTH)),
 }
-USES = [("server", "up", "activations"), ("server", "down", "gradients"), ("client", "up", "activations"),
-        ("client", "up", "gradients"), ("client", "down", "activations"), ("client", "down", "gradients")]  # fmt: skip
+USES = [("client", way, use) for way in ("up", "down") for use in ("activations", "gradients")]
+AT_SERVER = [("server", "up", "activations"), ("server", "down", "gradients")]
+USES += [pytest.param(*use, marks=pytest.mark.slow) for use in AT_SERVER]
 NAMES = {"activations": "h", "gradients": "dh"}
 
 
