@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import KINDS, adapted, distance, federation, lab, play, rounds, same
 
-from fedtrio.config import Config
+from fedtrio.config import Config, SiteConfig
 from fedtrio.frameworks import Split
 from fedtrio.frameworks.split_noise import clipped, normal
 from fedtrio.ledger import Ledger
 from fedtrio.message import Reply, decode
 from fedtrio.models.train import task_loss
+from fedtrio.remote import Host
 from fedtrio.report.tables import left_sites
 from fedtrio.result import costs
 
@@ -81,6 +82,14 @@ def test_a_secret_hides_the_noise_from_the_server() -> None:
         state, _ = rounds(method, setting, wire, 2)
         ends.append({**state["site"], **state["server"]})
     assert same(ends[1], ends[2]) and distance(ends[0], ends[1]) > 1e-4
+
+
+def test_a_real_site_keeps_its_secret(tmp_path: Path) -> None:
+    """Drawn once, so that a site that was killed draws the same noise; no one else may read it."""
+    own = SiteConfig.model_validate({"data": {"train": "own.csv"}})
+    secrets = [Host("clinic", own, tmp_path / folder)._secret() for folder in ("a", "a", "b")]
+    assert secrets[0] == secrets[1] != secrets[2] and len(secrets[0]) == 64
+    assert (tmp_path / "a" / "secret").stat().st_mode & 0o077 == 0
 
 
 def test_noise_needs_a_clip() -> None:
