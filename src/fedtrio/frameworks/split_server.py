@@ -12,7 +12,7 @@ from ..message import Message, Reply
 from ..models.cut import pack, unpack
 from ..models.train import Adapter, Learner, task_loss
 from .lab import Inbox, Lab, Outbox
-from .split_settings import NORMS, SplitSettings
+from .split_settings import NORMS, Layout, SplitSettings
 
 Pass = tuple[Tensor, Tensor, tuple[int, int]]  # activations received, what the server's blocks made of them, (B, T)
 
@@ -27,6 +27,7 @@ class ServerHalf:
     def __init__(self, split: SplitSettings, lab: Lab, tensors: Adapter) -> None:
         self._split, self._lab = split, lab
         self._open: dict[str, Pass | Reply] = {}  # the U-shape's forward passes, or what to run them again from
+        self._below: dict[Layout, bool] = {}  # whether anything trains at the site
         self._pending: float | None = None  # progress of a step that waits for the sites' norms
         self.learner = Learner({name: lab.to_device(t) for name, t in tensors.items()}, lab.train)
         self.clips = split.exchanges_norms(lab.train)
@@ -77,7 +78,9 @@ class ServerHalf:
     def _forward(self, site: str, reply: Reply) -> Pass:
         lab, layout = self._lab, self._split.layout(self._lab, site)
         lengths_B = lengths_of(site, reply)
-        wanted = not self._split.local_loss and bool(lab.model.part(lab.model.initial, layout.bottom))
+        if layout not in self._below:
+            self._below[layout] = bool(lab.model.part(lab.model.initial, layout.bottom))
+        wanted = self._below[layout] and not self._split.local_loss
         h_ND = lab.to_device(reply.tensor("h")).requires_grad_(wanted)
         if len(h_ND) != int(lengths_B.sum()):
             raise MessageError(f"{site} sent {len(h_ND)} activations for lengths that sum to {int(lengths_B.sum())}")
