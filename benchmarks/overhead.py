@@ -2,10 +2,11 @@
 
     python benchmarks/overhead.py [--repeats 7] [--threads 1] [--only time memory help] [--json]
 
-* **time**: one loopback round of FedLLM, and of Split-FedLLM (sflv1, labels at the server, cut 2), over the time of a
-  bare loop on an ordinary PEFT model: the same batches, precision, optimizer and averaging, nothing of fedtrio's. Pairs
-  are interleaved; the median of their ratios counts. Evaluation is outside on both sides. The first round is not timed:
-  in it the meter counts the FLOPs of each shape of batch, once, and every measured round finds them counted.
+* **time**: one loopback round of FedLLM, and of Split-FedLLM (sflv1; cut 2 with labels at the server, the U-shape, and
+  sites that cut before blocks 1, 2 and 3), over the time of a bare loop on an ordinary PEFT model: the same batches,
+  precision, optimizer and averaging, nothing of fedtrio's. Pairs are interleaved; the median of their ratios counts.
+  Evaluation is outside on both sides. The first round is not timed: in it the meter counts the FLOPs of each shape of
+  batch, once, and every measured round finds them counted.
 * **memory**: peak RSS of a round with 64 sites minus that with 4, each in a fresh process, with 16 examples a site. All
   texts are cut to 8 tokens: for bf16 on a CPU oneDNN keeps memory for each shape of batch, however few the sites.
 * **help**: CPU seconds of `fedtrio --help`, and whether it loads torch.
@@ -52,14 +53,14 @@ class Finding:
 # One round of a framework, as run.py drives it ------------------------------------------------------------------------
 
 
-def a_round(bench: Any, name: str) -> Callable[[], dict[str, Any]]:
+def a_round(bench: Any, name: str, **changed: Any) -> Callable[[], dict[str, Any]]:
     """A function that runs round 1 from the initial adapter over loopback and gives the adapter after it."""
     from fedtrio.ledger import Ledger
     from fedtrio.meter import Meter
     from fedtrio.program import drive
     from fedtrio.wires.loopback import Loopback
 
-    method, meter = bench.config.framework(name), Meter(bench.costs)
+    method, meter = bench.config.framework(name).model_copy(update=changed), Meter(bench.costs)
     lab = bench.lab(method, 0, meter)
     wire = Loopback(bench.sites(method, lab, meter))
     lab.abreast, lab.round = wire.abreast, 1
@@ -147,8 +148,11 @@ def measure_time(threads: int, repeats: int, max_train: int | None) -> Iterator[
     bench = Bench(load_config(None, [*settings, f"data.max_train={max_train or 'null'}"]))
     bare = bare_round(bench)
     reference = {name.removeprefix("base_model.model."): value for name, value in bare().items()}
-    for name, title, limit in (("fedllm", "FedLLM", 1.05), ("split", "Split-FedLLM", 1.10)):
-        ours = a_round(bench, name)
+    cuts = {share.name: 1 + number % 3 for number, share in enumerate(bench.shares(0))}
+    cases = [("fedllm", "FedLLM", 1.05, {}), ("split", "Split-FedLLM", 1.10, {})]
+    cases += [("split", "U-shape", 1.10, {"labels": "client"}), ("split", "Unlike cuts", 1.10, {"cut": cuts})]
+    for name, title, limit, changed in cases:
+        ours = a_round(bench, name, **changed)
         adapter, start = ours(), bench.model(0).initial  # this round counts the FLOPs
         apart, moved = (max(float((adapter[n] - x[n]).abs().max()) for n in reference) for x in (reference, start))
         assert adapter.keys() == reference.keys() and apart < 0.01 * moved, "the bare loop computes something else"

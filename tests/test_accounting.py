@@ -138,6 +138,21 @@ def test_the_u_shape_sends_activations_twice(kind: str, task: str, precision: st
             assert spent(run, site) == {"up": up, "down": down}
 
 
+def test_each_site_pays_for_its_own_cut() -> None:
+    """Each site's half both ways, and the last blocks with the head; a step for all costs no number more."""
+    model, cuts = adapted("gpt2", precision="fp32"), {"site-1": 0, "others": 3}
+    run = play(Split(cut=cuts, labels="server", variant="concatenated"), model, SIZES, n=1, epochs=EPOCHS)
+    for site, T in tokens(run).items():
+        cut = cuts.get(site, 3)
+        sync, labels = 4 * numbers(model, cut, head=False), 4 * EPOCHS * len(run.sites[site].data)
+        up, down = EPOCHS * 4 * T * WIDTH, EPOCHS * 4 * T * WIDTH * (cut > 0)
+        assert spent(run, site) == {"up": up + labels + sync, "down": down + sync}
+    run = play(Split(cut=1, labels="client", last_blocks=1), model, SIZES, n=1, epochs=EPOCHS)
+    sync = 4 * (numbers(model, 1, head=True) + numbers(model, 4, head=False) - numbers(model, 3, head=False))
+    for site, T in tokens(run).items():
+        assert spent(run, site) == dict.fromkeys(("up", "down"), EPOCHS * 2 * 4 * T * WIDTH + sync)
+
+
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_clipping_sends_one_number_for_each_tensor(labels: Any) -> None:
     model, method = adapted("gpt2", precision="fp32"), Split(cut=2, labels=labels)

@@ -338,7 +338,64 @@ def test_norms(labels: Any, variant: Any, lie: Lie, said: str) -> None:
     assert re.search(said, text), text
 
 
-@pytest.mark.parametrize("variant", ["sflv2", "sequential"])
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (facts(targets=9), "site-2 sent 9 targets of a batch with at most 4"),
+        (facts(targets=-1), "site-2 sent targets -1; it must be a whole number from 0"),
+        (facts(targets=None), "lacks the fact 'targets'"),
+    ],
+)
+def test_targets_of_a_batch(lie: Lie, said: str) -> None:
+    """Where one step is taken for all, they say by what a site counts."""
+    assert said in lied(Split(labels="client", variant="concatenated"), "activations", lie)
+
+
+TEXTS = "site-2 sent texts .*; expected 4 below 8"
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (facts(texts="1 2 3"), TEXTS), (facts(texts="1 2 3 3"), TEXTS), (facts(texts="1 2 3 8"), TEXTS),
+        (facts(texts="1 2 3 -4"), TEXTS), (facts(texts="1 2 3 x"), TEXTS), (facts(texts=7), TEXTS),
+        (facts(texts="1 2 3 " + "9" * 5000), TEXTS), (facts(texts="1 2 3 ٤"), TEXTS),
+        (facts(texts=None), "lacks the fact 'texts'"), (facts(fresh=None), "lacks the fact 'fresh'"),
+        (facts(fresh="111"), "site-2 sent fresh '111'; expected a 0 or 1 for each of 4 texts"),
+        (facts(fresh="11x1"), "site-2 sent fresh '11x1'"), (facts(fresh=1111.0), "site-2 sent fresh '1111.0'"),
+        (facts(fresh="0000"), "site-2 sent an unknown tensor 'h'"),
+        (facts(fresh="0111"), r"site-2 sent tensor 'h' of shape \(\d+, 32\); expected \(\d+, 32\)"),
+        (without("h"), "site-2 lacks tensor 'h'"),
+    ],
+)  # fmt: skip
+def test_texts_that_have_not_moved(lie: Lie, said: str) -> None:
+    """Which texts a batch holds, and which of them travel."""
+    method = Split(labels="server", cache="fixed", cache_threshold=2)
+    text = lied(method, "activations and labels", lie, epochs=1)
+    assert re.search(said, text), text
+
+
+@pytest.mark.parametrize("loss", ["low", -0.5])
+def test_losses(loss: Any) -> None:
+    """By which an adaptive threshold moves."""
+    method = Split(labels="client", cache="adaptive")
+    assert f"site-2 sent the loss {loss!r}" in lied(method, "adapter", facts(loss=loss))
+
+
+def test_auxiliary_heads() -> None:
+    method = Split(labels="server", local_loss=True)
+    assert "site-2 lacks tensor 'auxiliary.weight'" in lied(method, "adapter", without("auxiliary.weight"))
+    assert "guards.max_growth" in lied(method, "adapter", tensor("auxiliary.weight", poked(1e9)))
+
+
+def test_each_site_is_held_to_its_own_cut() -> None:
+    """What is right for one site is not for another."""
+    method = Split(cut={LIAR: 1, "others": 2}, labels="server")
+    whole = adapted("gpt2").part(adapted("gpt2").initial, (-1, 2))
+    assert "site-2 sent an unknown tensor" in lied(method, "adapter", tensors(lambda known: whole))
+
+
+@pytest.mark.parametrize("variant", ["sflv2", "sequential", "concatenated"])
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("skip", [0, 1])
 def test_a_shared_half_goes_on_without_the_liar(variant: Any, labels: Any, skip: int) -> None:
@@ -420,6 +477,23 @@ HONEST += [
     for variant in ("sflv1", "sflv2", "sequential")
     for labels in ("server", "client")
     for train in ({}, {"max_grad_norm": 0.1}, {"epochs": 0})
+]
+
+
+HONEST += [
+    (Split(cut=cut, variant=variant, labels=labels), "any", train)
+    for cut, variant in (({"site-1": 0, "others": 3}, "sflv1"), ({"site-1": 1, "others": 4}, "concatenated"))
+    for labels in ("server", "client")
+    for train in ({}, {"max_grad_norm": 0.1})
+]
+HONEST += [(Split(cut=1, last_blocks=2, variant="concatenated"), "any", {})]
+HONEST += [
+    (Split(cache="adaptive", cache_threshold=theta, labels=labels, variant=variant), "any", {"epochs": 2})
+    for theta, labels, variant in ((-1, "server", "sflv1"), (0.9, "client", "sflv2"), (2, "client", "concatenated"))
+]
+HONEST += [
+    (Split(local_loss=True, labels="server", send_every=2, clip=1.0, noise=0.1, **rest), "any", {"max_grad_norm": 0.1})
+    for rest in ({}, {"cache": "fixed", "variant": "sequential"})
 ]
 
 

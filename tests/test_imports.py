@@ -35,7 +35,7 @@ MAY = {
     "result": {"evaluate", "frameworks", "ledger", "models"},
     "report": {"errors"},
 }
-FAMILIES = ("frameworks/fedllm", "frameworks/kd")  # a framework of several files
+FAMILIES = ("frameworks/fedllm", "frameworks/kd", "frameworks/split")  # a framework of several files
 NOT_AT_SITES = {"cli", "run", "compare", "serve", "remote", "config", "report"}
 
 
@@ -82,7 +82,7 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path) -> None:
     for statement in ("from ..wires import loopback", "from ..wires.loopback import Loopback", "import fedtrio.wires"):
         (tmp_path / "x.py").write_text(f"def late():\n    {statement}\n")
         assert {part(m) for m in imports_of(tmp_path / "x.py", "frameworks/x")} == {"wires"}
-    assert {"message", "models/cut", "aggregation/adapters", "errors"} <= imports_of(
+    assert {"message", "models/train", "aggregation/holders", "frameworks/split_check"} <= imports_of(
         FILES["frameworks/split"], "frameworks/split"
     )
     assert "frameworks" in {part(m) for m in imports_of(FILES["config"], "config")}

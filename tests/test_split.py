@@ -27,17 +27,18 @@ from tiny import (
     same,
 )
 from torch import Tensor
+from torch.nn.utils.stateless import _reparametrize_module
 
 from fedtrio.data.batches import Batch, Encoded, collate
 from fedtrio.errors import MessageError, ModelError
 from fedtrio.frameworks import Centralized, FedLLM, Split
 from fedtrio.frameworks.lab import Lab
-from fedtrio.frameworks.split import ServerHalf
+from fedtrio.frameworks.split_server import ServerHalf
 from fedtrio.ledger import Ledger
 from fedtrio.message import Reply, decode, encode
 from fedtrio.meter import Meter
 from fedtrio.models.adapter import AdaptedModel
-from fedtrio.models.cut import check_cut
+from fedtrio.models.cut import WHOLE, check_cut
 from fedtrio.models.train import task_loss
 from fedtrio.program import drive
 
@@ -270,7 +271,7 @@ def test_a_silent_site_is_left_out_and_its_gradients_dropped() -> None:
             drive(method.server(setting, state, wire.sites), Broken(wire, "site-3", 1), 1, Ledger())  # type: ignore[arg-type]
             alone = play(method, model, (3, 5), n=1, max_grad_norm=clip, epochs=1)
             assert same({**state["site"], **state["server"]}, alone.adapter)
-            for variant in ("sflv2", "sequential"):
+            for variant in ("sflv2", "sequential", "concatenated"):
                 method = Split(variant=variant, labels=labels)  # type: ignore[arg-type]
                 _, wire = federation(method, setting, (3, 5, 5))
                 state = method.setup(setting)
@@ -322,6 +323,45 @@ def activations(h_ND: Tensor, batch: Batch, task: str) -> Reply:
         labels = torch.cat([row[:n] for row, n in zip(labels, batch.lengths_B.tolist(), strict=True)])
     facts = FACTS | {"lengths": " ".join(map(str, batch.lengths_B.tolist()))}
     return Reply("activations and labels", {"h": h_ND, "labels": labels.int()}, facts)
+
+
+# Gradients and texts over the cut ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "task"), ALL)
+def test_the_surrogate_has_the_gradients_of_the_whole(kind: str, task: str) -> None:
+    """S6: with λ = ∂ℓ/∂h, the site's part of ∇ℓ is ∇(λᵀh): all that it needs of the server is λ."""
+    model, encoded = adapted(kind, task), examples(task, 5)
+    batch = collate(encoded, range(5), PAD)
+    whole, below = lab(model).learner(model.initial), lab(model).learner(model.part(model.initial, (-1, 2)))
+    task_loss(model.forward(whole.tensors, batch.lengths_B, batch.ids_BT), batch.targets).backward()  # type: ignore[arg-type]
+    h_ND = model.forward(below.tensors, batch.lengths_B, batch.ids_BT, span=(-1, 2))
+    there_ND = h_ND.detach().requires_grad_()
+    logits = model.forward(model.initial, batch.lengths_B, h_ND=there_ND, span=(2, None))
+    task_loss(logits, batch.targets).backward()  # type: ignore[arg-type]
+    assert there_ND.grad is not None
+    (there_ND.grad * h_ND).sum().backward()
+    wanted, got = grads_of(whole.tensors), grads_of(below.tensors)
+    assert got.keys() == below.tensors.keys() and distance(got, {name: wanted[name] for name in got}) < 1e-12
+    assert max(float(g.abs().max()) for g in got.values()) > 1e-4
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_texts_are_continued_over_the_cuts_as_by_the_whole(kind: str) -> None:
+    """S12: greedy, token by token, against `generate` of transformers with its cache; here each prefix runs anew."""
+    model, prompts = adapted(kind, "causal-lm", tied=False), ([5, 17, 60, 8], [90], [33, 2, 71])
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "eos_token_id": None}
+    with _reparametrize_module(model.module, dict(model.initial)), model._gates.open(WHOLE, None, None):
+        whole = [model.module.generate(torch.tensor([prompt]), **options)[0].tolist() for prompt in prompts]  # type: ignore[operator]
+    texts = [list(prompt) for prompt in prompts]
+    with torch.no_grad():
+        for ids in texts * 6:
+            lengths_B = torch.tensor([len(ids)])
+            h_ND = model.forward(model.initial, lengths_B, torch.tensor([ids]), span=(-1, 1))
+            for span in ((1, 3), (3, None)):
+                h_ND = model.forward(model.initial, lengths_B, h_ND=h_ND, span=span)
+            ids.append(int(h_ND[0, -1].argmax()))
+    assert texts == whole and len({ids[-1] for ids in texts}) > 1
 
 
 # What crosses the cut ------------------------------------------------------------------------------------------------
@@ -411,7 +451,7 @@ def test_nothing_trains_in_a_frozen_bottom() -> None:
 CANARY = 83  # a label that no count, step or length here equals
 
 
-@pytest.mark.parametrize("variant", ["sflv1", "sflv2", "sequential"])
+@pytest.mark.parametrize("variant", ["sflv1", "sflv2", "sequential", "concatenated"])
 @pytest.mark.parametrize(("kind", "task"), [("gpt2", "classification"), ("qwen3", "causal-lm")])
 def test_labels_stay_at_the_site(kind: str, task: str, variant: str, tmp_path: Path) -> None:
     """labels: client — whole numbers never cross, and until a gradient does, nothing depends on the labels at all."""
@@ -438,11 +478,14 @@ def test_labels_stay_at_the_site(kind: str, task: str, variant: str, tmp_path: P
         [encode(r, 1) for r in found["client", value] if r.kind == "activations" and r.facts.get("step") == 0]
         for value in (CANARY, CANARY + 1)
     ]
-    if variant != "sflv1":  # the second site's activations come after the server has learnt from the first's gradients
+    if variant in (
+        "sflv2",
+        "sequential",
+    ):  # the second site's come after the server has learnt from the first's
         first = [frames[:1] for frames in first]
     assert first[0] and first[0] == first[1]
     for reply in found["client", CANARY]:
-        assert set(reply.facts) <= {"step", "steps", "lengths", "weight"}
+        assert set(reply.facts) <= {"step", "steps", "lengths", "weight", "targets", "share"}
 
 
 def relabelled(data, value: int):

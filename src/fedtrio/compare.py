@@ -123,12 +123,13 @@ def prepare(bench: Bench) -> dict[str, Any]:
     """
     config = bench.config
     for name in config.frameworks:  # better refused now than after an hour of another one
-        method = config.framework(name)
-        bench.cuts(method, config.seeds[0])
-        if sites := bench.names(method, config.seeds[0]):
+        method, seed = config.framework(name), config.seeds[0]
+        bench.cuts(method, seed)
+        if sites := bench.names(method, seed):
             method.check_sites(sites, cohort_size(len(sites), config.participation))
             config.lora.ranks(sites) if method.federated else None
         bench.check_models(method)
+        method.admit(bench.model(seed), config.train, sites)
     return {
         "config": config.model_dump(mode="json"),
         "environment": environment(config),
@@ -151,7 +152,7 @@ def warnings_of(bench: Bench) -> list[str]:
         found.append(
             "split.labels is 'server': in causal-lm the labels are the text itself, which the server thus sees"
         )
-    if "split" in config.frameworks and config.split.cut == 0:
+    if "split" in config.frameworks and 0 in config.split.cuts(bench.model(config.seeds[0]).depth):
         found.append("split.cut is 0: the server can read the texts off the embeddings that sites send")
     if "kd" in config.frameworks:
         method, seed = config.framework("kd"), config.seeds[0]

@@ -171,12 +171,11 @@ class Config(BaseModel):
         causal = self.task == "causal-lm"
         place, colon, rule = self.fedllm.aggregation.rpartition(":")
         own = f"{self._absolute(place)}{colon}{rule}" if colon else rule
-        labels = self.split.labels if self.split.labels != "auto" else ("client" if causal else "server")
         changed: dict[str, Any] = {
             "device": device.type,
             "train": self.train.model_copy(update={"precision": pick_precision(self.train.precision, device)}),
             "fedllm": self.fedllm.model_copy(update={"aggregation": own}),
-            "split": self.split.model_copy(update={"labels": labels}),
+            "split": self.split.decided(self.task),
             "kd": self._kd(),
             "partition": self.partition or PartitionConfig(name="iid" if causal else "dirichlet"),
             "threads": self.threads or usable_cores(),

@@ -71,6 +71,7 @@ class Site:
         self.name, self.data = name, data
         self.memory: dict[str, Any] = {}
         self.round = 0
+        self.secret = b""  # where a site is real, what the server must not be able to guess
         self.bytes_in = self.bytes_out = 0
         self._framework, self._lab, self._meter = framework, lab, meter or Meter()
         self._versions, self._conclude, self._coding = versions or Memory(), conclude, coding or Coding()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .bench import Bench
+from .checkpoint import write_whole
 from .config import Config, SiteConfig
 from .data.load import Rows, load_site_corpus
 from .errors import ConfigError, MessageError, ModelError
@@ -193,7 +195,17 @@ class Host:
             place = self._folder / told.run_id / run
             bench.alone = True
             self._sites = {run: bench.site(self.name, examples, method, lab, meter, place)}  # one run at a time
+            if bench.config.split.noise:
+                self._sites[run].secret = self._secret()
         return self._sites[run]
+
+    def _secret(self) -> bytes:
+        """Drawn once, and kept so that a site that was killed goes on to the same bits."""
+        path = self._folder / "secret"
+        if not path.is_file():
+            write_whole(path, secrets.token_hex(32).encode())
+            path.chmod(0o600)
+        return path.read_bytes()
 
     @property
     def _journal(self) -> Turns:

@@ -53,6 +53,7 @@ def costs(
 
     `accuracies` are of the model that each site ends up with; None where a site has no test set.
     """
+    sent = [entry for entry in ledger if entry.direction == "up" and entry.payload] if method.federated else []
     known = [accuracy for accuracy in accuracies.values() if accuracy is not None]
     return {
         **spent(method, ledger, efforts),
@@ -75,6 +76,7 @@ def costs(
             for site, number in examples.items()
         ],
         "kinds": ledger.by_kind() if method.federated else [],
+        "left_sites": sorted({part for entry in sent for part in entry.kind.split(" and ")}),
         "how": HOW,
     }
 

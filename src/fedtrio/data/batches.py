@@ -62,12 +62,14 @@ class Encoded:
 class Batch:
     """B examples, padded on the right.
 
-    `ids_BT` and `lengths_B` are int64; `targets` is [B], [B,T] with -100 on padding, or None (see `Encoded`).
+    `ids_BT` and `lengths_B` are int64; `targets` is [B], [B,T] with -100 on padding, or None (see `Encoded`);
+    `texts` says which examples they are.
     """
 
     ids_BT: Tensor
     lengths_B: Tensor
     targets: Tensor | None
+    texts: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.ids_BT)
@@ -76,6 +78,12 @@ class Batch:
     def shape(self) -> tuple[int, int]:
         """(B, T)."""
         return self.ids_BT.shape[0], self.ids_BT.shape[1]
+
+    def target_tokens(self) -> int:
+        """What the batch's mean loss is over, as `Encoded.target_tokens`."""
+        if self.targets is None or self.targets.dim() == 1:
+            return len(self)
+        return int((self.targets[:, 1:] != IGNORE).sum())
 
     @property
     def mask_BT(self) -> Tensor:
@@ -86,7 +94,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         targets = None if self.targets is None else self.targets.to(device)
-        return Batch(self.ids_BT.to(device), self.lengths_B.to(device), targets)
+        return Batch(self.ids_BT.to(device), self.lengths_B.to(device), targets, self.texts)
 
 
 def encode(
@@ -132,6 +140,7 @@ def collate(encoded: Encoded, indices: Sequence[int] | np.ndarray, pad_id: int) 
         ids_BT=torch.from_numpy(_padded(chosen.input_ids, max(lengths), pad_id)),
         lengths_B=torch.tensor(lengths),
         targets=None if targets is None else torch.from_numpy(targets),
+        texts=[int(i) for i in indices],
     )
 
 

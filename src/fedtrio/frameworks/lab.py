@@ -35,6 +35,7 @@ class Site(Protocol):
     data: PrivateData
     memory: dict[str, Any]
     round: int
+    secret: bytes  # known to no one else; empty in a simulation
 
 
 class Framework(BaseModel):
@@ -91,6 +92,9 @@ class Framework(BaseModel):
     def model_of(self, site: str) -> tuple[str, LoraConfig | None] | None:
         """Model and adapter of a site that holds another than the common one."""
         return None
+
+    def admit(self, model: AdaptedModel, train: TrainConfig, sites: Sequence[str]) -> None:
+        """Raises ConfigError where the settings don't fit the model, at these sites (empty: not known yet)."""
 
 
 @dataclass
