@@ -361,6 +361,8 @@ def test_a_site_runs_no_code_that_a_server_names(tmp_path: Path) -> None:
     settings = ["data.max_train=40", "data.max_public=8", f"fedllm.aggregation={method.aggregation}"]
     config = load_config(settings=settings)
     assert config.resolved().fedllm.aggregation == method.aggregation
+    (tmp_path / "my.yaml").write_text("fedllm: {aggregation: 'mine.py:least'}", encoding="utf-8")
+    assert load_config(tmp_path / "my.yaml").resolved().fedllm.aggregation == method.aggregation
     assert settings_of(Bench(config), "x")["config"]["fedllm"]["aggregation"] == "fedavg"
 
 
