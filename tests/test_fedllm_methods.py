@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fedtrio.aggregation.lora import factor_of, pairs
 from fedtrio.checkpoint import Memory, pack_tree, unpack_tree
+from fedtrio.compare import compare
+from fedtrio.config import load_config
 from fedtrio.data.batches import collate
 from fedtrio.errors import MessageError
 from fedtrio.frameworks import FedLLM
@@ -403,3 +405,33 @@ def test_a_resumed_run_ends_in_the_same_bits(settings: Any, tmp_path: Path) -> N
     assert list(whole.ledger) == list(again.ledger)
     for name, site in whole.sites.items():
         assert pack_tree(site.memory, {}) == pack_tree(again.sites[name].memory, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["fedllm.aggregation=flora", "lora.r=[2,4,8]"],
+        ["fedllm.aggregation=fedsa", "fedllm.keep_optimizer=true"],
+        ["fedllm.scaffold=true", "train.optimizer=sgd", "train.lr_scheduler_type=constant", "train.warmup_ratio=0"],
+    ],
+)
+def test_a_comparison_that_was_broken_off_goes_on(settings: list[str], tmp_path: Path) -> None:
+    small = ["data.max_train=60", "data.max_test=20", "data.max_public=8", "rounds=3", "threads=1", "clients=3"]
+    config = load_config(settings=[*small, "partition={name: iid}", "frameworks=[fedllm]", *settings])
+
+    def stop(framework: str, seed: int, entry: Mapping[str, Any]) -> None:
+        if entry["round"] == 2:
+            raise KeyboardInterrupt
+
+    (whole,) = compare(config, tmp_path / "whole", jobs=1)["runs"]
+    if "fedllm.aggregation=fedsa" in settings:
+        assert len(whole["adapters"]) == 3 and whole["curve"][0]["accuracy"] is None
+    else:
+        assert [entry["aggregation_error"] >= 0 for entry in whole["curve"]] == [True] * 3
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, tmp_path / "run", stop, jobs=1)
+    (again,) = compare(config, tmp_path / "run", jobs=1)["runs"]
+    assert again["adapter_sha256"] == whole["adapter_sha256"] and again["client_accuracy"] == whole["client_accuracy"]
+    ledgers = [(tmp_path / name / "ledger.jsonl").read_bytes() for name in ("whole", "run")]
+    assert ledgers[0] == ledgers[1]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_fedllm import ONE_STEP
-from test_fedllm_methods import SITES, SIZES, seen
+from test_fedllm_methods import ABSENT, RAGGED, SITES, SIZES, seen
 from test_guards import first, lied, tensor, tensors, without
 from tiny import adapted, distance, federation, lab, play, rounds, same
 from torch import Tensor
@@ -27,6 +27,7 @@ from fedtrio.config import load_config
 from fedtrio.data.batches import collate
 from fedtrio.errors import ConfigError, QuorumError
 from fedtrio.frameworks import FedLLM
+from fedtrio.frameworks.fedllm import RULES
 from fedtrio.frameworks.fedllm_seeds import Seeds
 from fedtrio.ledger import Ledger
 from fedtrio.message import Message, decode, encode
@@ -361,7 +362,34 @@ def test_a_site_runs_no_code_that_a_server_names(tmp_path: Path) -> None:
     settings = ["data.max_train=40", "data.max_public=8", f"fedllm.aggregation={method.aggregation}"]
     config = load_config(settings=settings)
     assert config.resolved().fedllm.aggregation == method.aggregation
+    (tmp_path / "my.yaml").write_text("fedllm: {aggregation: 'mine.py:least'}", encoding="utf-8")
+    assert load_config(tmp_path / "my.yaml").resolved().fedllm.aggregation == method.aggregation
     assert settings_of(Bench(config), "x")["config"]["fedllm"]["aggregation"] == "fedavg"
+
+
+# All of it together ---------------------------------------------------------------------------------------------------
+
+CHOICES: list[dict[str, Any]] = [
+    {"local_heads": True}, {"keep_optimizer": True}, {"proximal_mu": 0.1}, {"upload": "delta"}, {"upload": "gradients"},
+    {"robust": "median"}, {"server_optimizer": "fedyogi"}, {"clip_norm": 0.1}, {"scaffold": True},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: next(iter(choice)))
+def test_what_is_not_refused_runs(name: str, choice: Any) -> None:
+    """Every aggregation with every other choice, in fp32, with sites that come and go, and ranks that differ."""
+    try:
+        method = FedLLM(aggregation=name, **choice)
+    except ValidationError:
+        return
+    cohorts = (SITES,) * 2 if "robust" in choice else ABSENT[:3]
+    mixes = RULES[name].mixed_ranks and method.plain and method.upload != "gradients"
+    for ranks in (None, RAGGED) if mixes else (None,):
+        run = seen(method, adapted("gpt2", precision="fp32"), cohorts, ranks, epochs=1, **SGD)
+        assert all(t.dtype == torch.float32 for t in run.states[-1]["adapter"].values())
+        assert not same(run.states[-1]["adapter"], run.states[0]["adapter"]) or name == "flora"
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

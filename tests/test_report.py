@@ -317,3 +317,17 @@ def test_refused_answers_and_silent_sites_are_named() -> None:
     ]
     page = render(results)
     assert "round 2: site-1 was refused: site-1 sent &lt;b&gt;NaN" in page and "round 1: site-0 fell silent" in page
+
+
+def test_what_averaging_lost_and_own_models() -> None:
+    results = made_up()
+    assert tables.asides(results) == []
+    for run in results["runs"]:
+        if run["framework"] == "fedllm":
+            for entry in run["curve"]:
+                entry["aggregation_error"] = 0.25 / entry["round"]
+            run["adapters"], run["client_accuracy"] = {"a": "x"}, {"mean": 0.8, "min": 0.5, "p10": 0.55, "jain": 0.97}
+    error, own = tables.asides(results)
+    assert "missed the exact mean of the sites’ updates by 2.5 % of its norm in the last round, by 25.0 %" in error
+    assert "accuracy 80.0 % in the mean and 55.0 % at the 10th percentile of sites; Jain’s index 0.970" in own
+    assert error in render(results)

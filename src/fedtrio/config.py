@@ -249,6 +249,8 @@ def refuse_wrong_pairs(
     fedllm: FedLLM, train: TrainConfig, lora: LoraConfig, coding: Coding, frameworks: Collection[str]
 ) -> None:
     """Raises ConfigError where FedLLM's settings don't go with how sites train, their ranks, or the codecs."""
+    if lora.by_site and (wrong := sorted({"kd", "split"} & set(frameworks))):
+        raise ConfigError(f"lora.r by site is for fedllm, not for {', '.join(wrong)}: set frameworks or one lora.r")
     if "fedllm" not in frameworks:
         return
     plain = {"optimizer": "sgd", "momentum": 0, "lr_scheduler_type": "constant", "warmup_ratio": 0}
@@ -259,8 +261,6 @@ def refuse_wrong_pairs(
         raise ConfigError(f"fedllm.{needs_plain} is right for plain SGD at constant rates alone: set {wanted}")
     fedllm.refuse_codecs(coding.up.get("adapter"), coding.down.get("adapter"))
     if lora.by_site:
-        if wrong := sorted({"kd", "split"} & set(frameworks)):
-            raise ConfigError(f"lora.r by site is for fedllm, not for {', '.join(wrong)}: set frameworks or one lora.r")
         fedllm.refuse_mixed_ranks()
 
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..aggregation.lora import aggregation_error, factor_of, remainder
+from ..aggregation.lora import aggregation_error, remainder
 from ..aggregation.sites import common_control
 from ..errors import ConfigError, QuorumError
 from ..message import Message, Reply
@@ -163,7 +163,7 @@ class FedLLM(Server, Client):
 
     def _kept(self, tensors: Adapter) -> dict[str, Tensor]:
         """Without the head where that stays at the site."""
-        return {name: t for name, t in tensors.items() if not (self.local_heads and factor_of(name) is None)}
+        return {name: t for name, t in tensors.items() if not self.local_heads or ".lora_" in name}
 
     def _sent(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
         return self._kept(self._rule.sends(lab, trained, round))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..aggregation import rules
-from ..aggregation.lora import at_scale, pairs, resized, travelling
+from ..aggregation.lora import at_scale, factor_of, pairs, resized, travelling
 from ..message import Message, Reply
 from ..models.train import Adapter
 from .fedllm_merged import (
@@ -169,7 +169,9 @@ class FedSVD(Rule):
 
     def aggregate(self, lab: Lab, state: State, sent: Adapters, weights: Numbers) -> Result:
         """B̄·A = UΣVᵀ."""
-        state["adapter"] = rules.fedsvd(state["adapter"], sent, weights)
+        common, like = state["adapter"], sent[min(sent)]
+        held = {name: t for name, t in common.items() if factor_of(name) or name in like}  # heads may stay at the sites
+        state["adapter"] = {**common, **rules.fedsvd(held, sent, weights)}
         return Result(state["adapter"], lab.model.scale())
 
 
@@ -215,7 +217,7 @@ class FedSB(Rule):
 
     def full(self, lab: Lab, common: Adapter, sent: Adapter) -> Adapter | None:
         """B and R·A."""
-        return rules.fedsb_adapter(self.frozen(lab), sent)
+        return rules.fedsb_adapter(self.frozen(lab), {n: t.to(common[n].dtype) for n, t in sent.items()})
 
     def scale(self, lab: Lab, site: str) -> float:
         """R of any rank stands in the same W + s·B·R·A."""

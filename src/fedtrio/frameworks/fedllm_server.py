@@ -42,7 +42,8 @@ class Server(Framework):
     """What the server makes of linear uploads."""
 
     robust: Literal["none", "median", "trimmed_mean", "krum", "multi_krum"] = Field(
-        default="none", description="mean that wrong or hostile sites can't carry off; sites then count alike"
+        default="none",
+        description="mean of updates, as they are sent, that hostile sites can't carry off; all sites count alike",
     )
     byzantine: int = Field(default=1, ge=0, description="how many such sites trimmed_mean, krum and multi_krum bear")
     multi_krum_keep: int | None = Field(

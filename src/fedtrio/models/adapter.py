@@ -38,7 +38,7 @@ class LoraConfig(BaseModel):
     r: int | list[int] | dict[str, int] = Field(
         default=8,
         description="rank, 1 to 10000; for fedllm also one for each site: a list in the order of their names, or a "
-        "mapping {site: r}",
+        "mapping {site: r}; the yardsticks take the largest",
     )
     lora_alpha: float = Field(default=16, gt=0, description="scale is lora_alpha / r")
     target_modules: str | list[str] = Field(default="all-linear", description="module names, or all-linear")
