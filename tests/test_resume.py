@@ -213,6 +213,13 @@ def test_a_tree_comes_back() -> None:
     assert groups.keys() == {"g"} and torch.equal(groups["g"]["b"], torch.arange(2)) and facts == {"n": [1, "é"]}
 
 
+def test_a_tree_may_hold_a_tensor_twice() -> None:
+    whole = torch.arange(6.0).reshape(2, 3)
+    found, _ = unpack_tree(pack_tree({"a": {"x": whole}, "b": {"x": whole, "y": whole.T[1:]}}, {}))
+    assert torch.equal(found["a"]["x"], whole) and torch.equal(found["b"]["x"], whole)
+    assert torch.equal(found["b"]["y"], whole.T[1:])
+
+
 def test_the_last_two_rounds_are_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.latest() is None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from .errors import ConfigError
@@ -65,7 +66,8 @@ def _sync_folder(folder: Path) -> None:
 
 def pack_tree(tree: Tree, facts: Mapping[str, Any]) -> bytes:
     """A file of nested groups of tensors, and of facts that JSON can say."""
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in _flat(tree)}
+    alone = torch.contiguous_format  # copies: safetensors refuses tensors that share memory
+    flat = {name: tensor.detach().cpu().clone(memory_format=alone) for name, tensor in _flat(tree)}
     return safetensors.torch.save(flat, metadata={"fedtrio": json.dumps(facts)})
 
 
