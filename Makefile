@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## compare the three frameworks on the built-in model and task
 	$(BIN)/fedtrio compare
 
-test: install ## the whole test suite
-	$(BIN)/python -m pytest
+test: install ## the whole test suite, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install ## checks that take longer
 	$(BIN)/python -m pytest -m slow
