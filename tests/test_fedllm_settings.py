@@ -40,7 +40,7 @@ from fedtrio.result import spread
 from fedtrio.wires.loopback import Loopback
 
 SLOW = pytest.mark.slow
-REST = ("fedavg", "ffa", "fedsb", "fedsvd", "fedex", "hetlora")
+REST = ("fedavg", "rolora", "ffa", "fedsb", "fedsvd", "fedex", "hetlora")
 SGD = {"optimizer": "sgd", "weight_decay": 0.0}
 SEEDS = {"upload": "seeds", "candidate_seeds": 16}
 
@@ -52,7 +52,7 @@ def weights_of(run: Any) -> dict[str, float]:
 # Uploads --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rolora", "flexlora", *(pytest.param(name, marks=SLOW) for name in REST)])
+@pytest.mark.parametrize("name", ["flexlora", *(pytest.param(name, marks=SLOW) for name in REST)])
 def test_a_change_is_as_good_as_what_it_leads_to(name: str) -> None:
     model = adapted("gpt2")
     uploads = [FedLLM(aggregation=name, upload=how) for how in ("parameters", "delta")]  # type: ignore[arg-type]
@@ -234,6 +234,7 @@ def test_server_optimizers_step_along_the_mean(name: Any) -> None:
     assert distance(params, play(FedLLM(), model, epochs=1).adapter) > 1e-4
 
 
+@pytest.mark.slow
 def test_no_momentum_and_rate_one_is_the_mean() -> None:
     """F5, F6."""
     model = adapted("gpt2")
