@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedtrio import compare, load_config
+from fedtrio.compare import compare
+from fedtrio.config import load_config
 
 
 def trimmed(adapters: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from fedtrio import load_config, run
 from fedtrio.bench import Bench
-from fedtrio.config import Config
+from fedtrio.config import Config, load_config
 from fedtrio.message import Message, decode, encode
 from fedtrio.meter import Meter
 from fedtrio.program import Site
+from fedtrio.run import run
 from fedtrio.wires.loopback import Loopback
 
 RULES = {

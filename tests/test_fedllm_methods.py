@@ -182,7 +182,7 @@ def test_bytes_of_each_upload(settings: Any) -> None:
         assert run.ledger.total("payload", site="site-2", direction=way) == 2 * wanted
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", ["flora", *(pytest.param(name, marks=SLOW) for name in MIXED[1:])])
 def test_bytes_of_mixed_ranks(name: str) -> None:
     """Each site sends and gets its own rank's adapter; a stack has all ranks together."""
     model = adapted("gpt2", precision="fp32")
@@ -293,6 +293,7 @@ def test_a_frozen_factor_keeps_every_bit() -> None:
     assert distance({"": fedsvd[pair.a] @ fedsvd[pair.a].T}, {"": torch.eye(4, dtype=torch.float64)}) < 1e-10
 
 
+@pytest.mark.slow
 def test_flora_starts_anew() -> None:
     """L13: every round from B = 0 and an A that all draw alike, another one each time."""
     model = adapted("gpt2")

@@ -7,6 +7,7 @@ are in `fedllm_rules` and `fedllm_merging`, what else a site may do in `fedllm_c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -202,7 +203,7 @@ class FedLLM(Server, Client):
             )
         if self.upload not in ("parameters", "delta") or not self.plain:
             raise ConfigError(
-                "with a lora.r for each site sites upload parameters or delta, and no other mean or server optimizer "
+                "with a lora.r for each site, upload is parameters or delta, and no other mean or server optimizer "
                 "can stand in for the aggregation's own"
             )
 
@@ -214,6 +215,12 @@ class FedLLM(Server, Client):
                 f"wire.up {up.text} encodes what changed since a site was sent its tensors, and with fedllm.{what} it "
                 "is sent others: use a codec of values, as int8"
             )
+        one_factor, changes = self.aggregation in ("ffa", "rolora", "fedsvd", "fedsa"), self.upload != "parameters"
+        for way, codec in (("up", up), ("down", down)):
+            text = codec.text if codec is not None else ""
+            if re.search(r"(^|\+)rank\b", text) and (one_factor or (changes and way == "up")):
+                what = f"aggregation {self.aggregation}" if one_factor else f"upload {self.upload}"
+                raise ConfigError(f"wire.{way} {text} needs both factors of an adapter; not so fedllm.{what}")
         if down is not None and self._rule.merges:
             raise ConfigError(
                 f"wire.down {down.text}: with fedllm.aggregation {self.aggregation} sites merge what they are sent, so "
