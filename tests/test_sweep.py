@@ -54,6 +54,11 @@ def test_a_study_that_cannot_be(tmp_path: Path, text: str, said: str) -> None:
     assert said in str(caught.value) and str(caught.value).startswith(str(tmp_path / "small.yaml"))
 
 
+def test_settings_stand_above_the_file(tmp_path: Path) -> None:
+    _, configs = load_study(written(tmp_path, "set: {rounds: 2}\npoints: {a: {lora.r: 4}, b: {}}"), ["rounds=3"])
+    assert [(config.rounds, config.lora.r) for config in configs.values()] == [(3, 4), (3, 8)]
+
+
 def test_points_that_would_share_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two points would share a folder"):
         sweep(written(tmp_path, "points: {a b: {}, a_b: {}}"), tmp_path / "out")

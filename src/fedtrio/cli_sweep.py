@@ -12,6 +12,10 @@ from .cli_show import stopped, terminal
 
 def sweep(
     study: Annotated[Path, typer.Argument(help="YAML file: base, set, points, grid.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key in all points. Repeatable."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the study; default runs/<name of the file>.")] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Points at a time; default: as many as the cores allow.")
@@ -33,8 +37,8 @@ def sweep(
         shown = "" if best is None else f", best accuracy {best:.3f}"
         console.print(f"{done} of {of}: {name}{shown}", markup=False)
 
-    stopped.again = f"go on with: fedtrio sweep {study} --out {folder}"
-    found = run_study(study, folder, jobs, tell)
+    stopped.again = "the same command goes on after what is finished"
+    found = run_study(study, folder, jobs, tell, settings or [])
     if as_json:
         import json
 

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -54,8 +54,11 @@ class Study(BaseModel):
         return found
 
 
-def load_study(path: Path) -> tuple[Study, dict[str, Config]]:
-    """A study file and the configuration of each point. Raises ConfigError, before anything runs, for any of them."""
+def load_study(path: Path, over: Sequence[str] = ()) -> tuple[Study, dict[str, Config]]:
+    """A study file and the configuration of each point, with settings `key=value` over all of them.
+
+    Raises ConfigError, before anything runs, for any of them.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -72,24 +75,29 @@ def load_study(path: Path) -> tuple[Study, dict[str, Config]]:
     for name, settings in study.all_points().items():
         try:
             written = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-            configs[name] = load_config(base, written).resolved()
+            configs[name] = load_config(base, [*written, *over]).resolved()
         except ConfigError as error:
             raise ConfigError(f"{path}: point {name!r}: {error}") from error
     return study, configs
 
 
 def sweep(
-    path: Path, out: Path, jobs: int | None = None, on_point: OnPoint = lambda name, done, of, runs: None
+    path: Path,
+    out: Path,
+    jobs: int | None = None,
+    on_point: OnPoint = lambda name, done, of, runs: None,
+    over: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a study file's points into `out`, each into a folder of its own; {"points": [{"name", "settings", "runs"}]}.
 
+    `over` are settings `key=value` that stand above those of the file.
     `jobs` points at a time (None: as the cores allow), each in a process of its own. Points that are finished are not
     run again, one that was broken off goes on. `study.json`, `table.csv`, `table.tex` and `report.html` are written
     anew after each point.
 
     Raises ConfigError for a study or a point that can't be, and what a comparison raises.
     """
-    study, configs = load_study(path)
+    study, configs = load_study(path, over)
     folders = {name: out / _slug(name) for name in configs}
     if len(set(folders.values())) < len(folders):
         raise ConfigError(f"{path}: two points would share a folder; give them names that differ in letters and digits")
