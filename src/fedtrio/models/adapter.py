@@ -271,7 +271,8 @@ class AdaptedModel:
     def _call(self, adapter: Adapter, ids_BT: Tensor, mask_BT: Tensor) -> Any:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return torch.func.functional_call(self.module, dict(adapter), kwargs=inputs, tie_weights=False)
+            tensors = {name: tensor.to(self.device) for name, tensor in adapter.items()}
+            return torch.func.functional_call(self.module, tensors, kwargs=inputs, tie_weights=False)
 
     def _placeholder_ids(self, lengths_B: Tensor) -> Tensor:
         """Ids for a half that never sees the text: they tell padding from tokens, and nothing else."""
