@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedtrio.aggregation.robust import coordinate_median
 from fedtrio.aggregation.server_optimizers import fedadam, fedavgm, mean_update
 from fedtrio.bench import Bench
 from fedtrio.coding import Coding, codecs_of
-from fedtrio.config import load_config
+from fedtrio.config import Config, load_config
 from fedtrio.data.batches import collate
 from fedtrio.errors import ConfigError, QuorumError
 from fedtrio.frameworks import FedLLM
@@ -458,6 +458,15 @@ def test_what_can_not_be_had_together(settings: Any, said: str) -> None:
         (["lora.r=[4,0]"], "lora.r: Input should be greater than or equal to 1"),
         (["lora.r=many"], "lora.r: Input should be a valid integer"),
         (["lora.r={}"], "lora.r: a rank is missing"),
+        (["lora.capacity={a: 1, b: 2}"], "lora.capacity is for fedllm, not for kd, split"),
+        (["lora.capacity={a: 1, b: 2}", "frameworks=[fedllm]"], "fedavg needs one lora.r for all; fedsb, flexlora"),
+        (["lora.capacity={a: 0}"], "lora.capacity.a: Input should be greater than 0"),
+        (["lora.capacity={a: much}"], "lora.capacity.a: Input should be a valid number"),
+        (["lora.capacity={}"], "capacity names no site"),
+        (["lora.capacity={a: 1}", "lora.r=[4]"], "r is given site by site: keep one of them"),
+        (["lora.capacity={a: 1}", "lora.r_min=9"], "r_min 9 is above r 8"),
+        (["lora.r_min=2"], "r_min goes with lora.capacity"),
+        (["kd.lora.r=[4,8]"], "lora.r by site is for fedllm: kd.lora has one rank for all of models"),
     ],
 )
 def test_what_a_configuration_can_not_have(settings: Any, said: str) -> None:
@@ -476,6 +485,28 @@ def test_ranks_by_site() -> None:
     with pytest.raises(ConfigError, match=r"lora.r: 'c' has no rank; the sites are a, b, c"):
         ranks("{a: 2, b: 4}")
     with pytest.raises(ConfigError, match=r"lora.r: 'd' is no site"):
+        ranks("{a: 2, b: 4, c: 5, d: 6}")
+
+
+def test_ranks_by_capacity() -> None:
+    """⌊r · c_k / max c⌋, and r_min at least, in any unit."""
+
+    def ranks(capacity: str, *more: str, sites: Sequence[str] = ("b", "a", "c")) -> dict[str, int]:
+        settings = [f"lora.capacity={capacity}", *more, "frameworks=[fedllm,local]", "fedllm.aggregation=flora"]
+        config = load_config(settings=settings)
+        assert Config.model_validate(config.model_dump(mode="json")).lora == config.lora  # as a remote site is told it
+        assert config.lora.rank == config.lora.r
+        return config.lora.ranks(sites)
+
+    assert ranks("{a: 4, b: 16, c: 11}", "lora.r=16") == {"a": 4, "b": 16, "c": 11}
+    assert ranks("{a: 4.0e+9, b: 1.6e+10, c: 8589934592}") == {"a": 2, "b": 8, "c": 4}  # 8 · 0.537 = 4.29
+    assert ranks("{a: 1, b: 1000, c: 400}") == {"a": 1, "b": 8, "c": 3}
+    assert ranks("{a: 1, b: 1000, c: 400}", "lora.r_min=4", "lora.r=32") == {"a": 4, "b": 32, "c": 12}
+    assert ranks("{a: 0.7, b: 2.1, c: 1.4}", "lora.r=3") == {"a": 1, "b": 3, "c": 2}  # 3 · 0.7 / 2.1 < 1 in fp64
+    assert ranks("{a: 5}", sites=["a"]) == {"a": 8}
+    with pytest.raises(ConfigError, match=r"lora.capacity: 'c' has no capacity; the sites are a, b, c"):
+        ranks("{a: 2, b: 4}")
+    with pytest.raises(ConfigError, match=r"lora.capacity: 'd' is no site"):
         ranks("{a: 2, b: 4, c: 5, d: 6}")
 
 

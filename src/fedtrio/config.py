@@ -20,8 +20,8 @@ from .errors import ConfigError, did_you_mean
 from .frameworks import FRAMEWORKS, KD, PROTOCOLS, Centralized, FedLLM, Local, Split
 from .frameworks.guards import Guards
 from .frameworks.lab import Framework
-from .models.adapter import LoraConfig
 from .models.load import BUILT_IN, pick_device, pick_precision
+from .models.lora import LoraConfig
 from .models.train import TrainConfig
 
 FrameworkName = Literal["fedllm", "kd", "split", "centralized", "local"]
@@ -250,7 +250,7 @@ def refuse_wrong_pairs(
 ) -> None:
     """Raises ConfigError where FedLLM's settings don't go with how sites train, their ranks, or the codecs."""
     if lora.by_site and (wrong := sorted({"kd", "split"} & set(frameworks))):
-        raise ConfigError(f"lora.r by site is for fedllm, not for {', '.join(wrong)}: set frameworks or one lora.r")
+        raise ConfigError(f"{lora.by_site} is for fedllm, not for {', '.join(wrong)}: set frameworks, or one rank")
     if "fedllm" not in frameworks:
         return
     plain = {"optimizer": "sgd", "momentum": 0, "lr_scheduler_type": "constant", "warmup_ratio": 0}
