@@ -19,7 +19,7 @@ from torch import Tensor
 from fedtrio.aggregation.lora import factor_of, pairs
 from fedtrio.checkpoint import Memory, pack_tree, unpack_tree
 from fedtrio.compare import compare
-from fedtrio.config import load_config
+from fedtrio.config_file import load_config
 from fedtrio.data.batches import collate
 from fedtrio.errors import MessageError
 from fedtrio.frameworks import FedLLM

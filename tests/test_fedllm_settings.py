@@ -25,7 +25,8 @@ from fedtrio.aggregation.robust import coordinate_median
 from fedtrio.aggregation.server_optimizers import fedadam, fedavgm, mean_update
 from fedtrio.bench import Bench
 from fedtrio.coding import Coding, codecs_of
-from fedtrio.config import Config, load_config
+from fedtrio.config import Config
+from fedtrio.config_file import load_config
 from fedtrio.data.batches import collate
 from fedtrio.errors import ConfigError, QuorumError
 from fedtrio.frameworks import FedLLM

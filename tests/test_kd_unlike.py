@@ -17,7 +17,8 @@ from fedtrio.bench import Bench
 from fedtrio.checks.finding import Seen
 from fedtrio.checks.model import examine_model
 from fedtrio.compare import compare
-from fedtrio.config import SiteConfig, load_config
+from fedtrio.config import SiteConfig
+from fedtrio.config_file import load_config
 from fedtrio.errors import ConfigError, ModelError
 from fedtrio.frameworks import KD
 from fedtrio.message import Message, decode, encode
