@@ -141,7 +141,7 @@ def bare_round(bench: Any) -> Callable[[], dict[str, Any]]:
 
 def measure_time(threads: int, repeats: int, max_train: int | None) -> Iterator[Finding]:
     from fedtrio.bench import Bench
-    from fedtrio.config import load_config
+    from fedtrio.config_file import load_config
 
     settings = [f"threads={threads}", "split.cut=2", "split.labels=server", "train.group_by_length=false"]
     settings += ["train.lr_scheduler_type=constant", "train.warmup_ratio=0"]  # as the bare loop trains
@@ -193,7 +193,7 @@ def child(*arguments: str) -> dict[str, int]:
 def peak_of(name: str, sites: int, threads: int) -> None:
     """In the child: one round, then the process's own peak, and the bytes of an adapter."""
     from fedtrio.bench import Bench
-    from fedtrio.config import load_config
+    from fedtrio.config_file import load_config
 
     sizes = [f"clients={sites}", f"data.max_train={EXAMPLES_EACH * sites}", "train.max_length=8"]
     settings = [f"threads={threads}", "partition.name=iid", "split.cut=2", "split.labels=server", *sizes]

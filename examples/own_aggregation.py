@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtrio.compare import compare
-from fedtrio.config import load_config
+from fedtrio.config_file import load_config
 
 
 def trimmed(adapters: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fedtrio.bench import Bench
-from fedtrio.config import Config, load_config
+from fedtrio.config import Config
+from fedtrio.config_file import load_config
 from fedtrio.message import Message, decode, encode
 from fedtrio.meter import Meter
 from fedtrio.program import Site

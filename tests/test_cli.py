@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from fedtrio import cli
-from fedtrio.config import Config, load_config
+from fedtrio.config import Config
+from fedtrio.config_file import load_config
 from fedtrio.errors import ConfigError, DataError, FedtrioError, MessageError, ModelError
 
 SMALL = {

@@ -13,7 +13,8 @@ from fedtrio.checkpoint import Memory, pack_tree, unpack_tree
 from fedtrio.codecs import Crossing
 from fedtrio.coding import Coding, codecs_of
 from fedtrio.compare import compare
-from fedtrio.config import Config, WireConfig, load_config
+from fedtrio.config import Config, WireConfig
+from fedtrio.config_file import load_config
 from fedtrio.errors import ConfigError
 from fedtrio.frameworks import KD, FedLLM, Split
 from fedtrio.ledger import Ledger

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtrio.config import load_config
+from fedtrio.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), ROOT / "src/fedtrio/data/demo/config.yaml"])

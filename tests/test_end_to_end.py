@@ -17,7 +17,8 @@ import torch
 
 from fedtrio.bench import Bench
 from fedtrio.compare import compare as _compare
-from fedtrio.config import Config, load_config
+from fedtrio.config import Config
+from fedtrio.config_file import load_config
 from fedtrio.frameworks import FRAMEWORKS
 from fedtrio.meter import Meter
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedtrio.aggregation.lora import factor_of, pairs
 from fedtrio.checkpoint import Memory, pack_tree, unpack_tree
 from fedtrio.compare import compare
-from fedtrio.config import load_config
+from fedtrio.config_file import load_config
 from fedtrio.data.batches import collate
 from fedtrio.errors import MessageError
 from fedtrio.frameworks import FedLLM
@@ -412,7 +412,7 @@ def test_a_resumed_run_ends_in_the_same_bits(settings: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "settings",
     [
-        ["fedllm.aggregation=flora", "lora.r=[2,4,8]"],
+        ["fedllm.aggregation=flora", "lora.capacity={site-0: 2, site-1: 5, site-2: 8}"],
         ["fedllm.aggregation=fedsa", "fedllm.keep_optimizer=true"],
         ["fedllm.scaffold=true", "train.optimizer=sgd", "train.lr_scheduler_type=constant", "train.warmup_ratio=0"],
     ],

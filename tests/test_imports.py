@@ -36,7 +36,7 @@ MAY = {
     "report": {"errors"},
 }
 FAMILIES = ("frameworks/fedllm", "frameworks/kd", "frameworks/split")  # a framework of several files
-NOT_AT_SITES = {"cli", "run", "compare", "serve", "remote", "config", "report"}
+NOT_AT_SITES = {"cli", "run", "compare", "serve", "remote", "config", "config_file", "report"}
 
 
 def imports_of(path: Path, name: str, top_level: bool = False) -> set[str]:

@@ -13,7 +13,8 @@ from test_kd import logits
 from tiny import LABELS, VOCAB, adapted, distance, federation, lab, play, public_set, same
 
 from fedtrio.codecs import Crossing, Spec
-from fedtrio.config import Config, load_config
+from fedtrio.config import Config
+from fedtrio.config_file import load_config
 from fedtrio.errors import ConfigError, MessageError
 from fedtrio.frameworks import KD
 from fedtrio.frameworks.kd_logits import codec_of, fitted, top_k

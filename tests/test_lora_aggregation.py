@@ -40,7 +40,8 @@ from fedtrio.aggregation.lora import (
 )
 from fedtrio.data.batches import collate
 from fedtrio.errors import ConfigError, MessageError
-from fedtrio.models.adapter import AdaptedModel, LoraConfig, adapt
+from fedtrio.models.adapter import AdaptedModel, adapt
+from fedtrio.models.lora import LoraConfig
 
 Adapter = dict[str, Tensor]
 Scaled = list[tuple[Mapping[str, Tensor], float]]  # adapters with their scales, whose products add up

@@ -15,9 +15,10 @@ from torch import Tensor
 from fedtrio.data.batches import collate
 from fedtrio.errors import ModelError
 from fedtrio.frameworks import Centralized, Split
-from fedtrio.models.adapter import AdaptedModel, LoraConfig, adapt
+from fedtrio.models.adapter import AdaptedModel, adapt
 from fedtrio.models.cut import WHOLE, Span, find_blocks, pack, unpack
 from fedtrio.models.load import load_base, load_tokenizer, pick_device, resolve
+from fedtrio.models.lora import LoraConfig
 from fedtrio.models.train import task_loss
 
 MORE = ("distilbert", "roberta", "opt", "gpt_neox", "gemma2")

@@ -29,7 +29,7 @@ from remotes import (
 from fedtrio.bench import Bench
 from fedtrio.certs import issue, load_authority, make_certs
 from fedtrio.compare import compare
-from fedtrio.config import load_config, load_site_config
+from fedtrio.config_file import load_config, load_site_config
 from fedtrio.data.batches import epoch_batches
 from fedtrio.data.load import load_server_corpus
 from fedtrio.errors import ConfigError, DataError, MessageError, ModelError, WireError

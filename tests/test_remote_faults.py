@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedtrio.checkpoint import Journal
 from fedtrio.compare import compare
-from fedtrio.config import load_config
+from fedtrio.config_file import load_config
 from fedtrio.message import Reply
 from fedtrio.wires import tls
 

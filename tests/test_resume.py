@@ -18,7 +18,7 @@ import torch
 
 from fedtrio.checkpoint import Journal, Memory, pack_tree, unpack_tree
 from fedtrio.compare import compare
-from fedtrio.config import load_config
+from fedtrio.config_file import load_config
 
 SMALL = [
     "data.max_train=90", "data.max_test=20", "data.max_public=16", "rounds=3", "threads=1", "train.precision=fp32",

@@ -25,7 +25,8 @@ from fedtrio.data.private import PrivateData
 from fedtrio.frameworks.lab import Framework, Lab, State
 from fedtrio.ledger import Ledger
 from fedtrio.meter import Meter
-from fedtrio.models.adapter import AdaptedModel, LoraConfig, adapt
+from fedtrio.models.adapter import AdaptedModel, adapt
+from fedtrio.models.lora import LoraConfig
 from fedtrio.models.train import TrainConfig
 from fedtrio.program import Site, drive
 from fedtrio.wires.loopback import Loopback

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compare import compare
-    from .config import Config, load_config
+    from .config import Config
+    from .config_file import load_config
     from .errors import FedtrioError
     from .run import run
 
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "compare": "compare",
     "Config": "config",
-    "load_config": "config",
+    "load_config": "config_file",
     "FedtrioError": "errors",
     "run": "run",
 }

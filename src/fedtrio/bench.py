@@ -20,7 +20,7 @@ from .errors import ConfigError, DataError, ModelError
 from .evaluate import Scores, evaluate
 from .frameworks.lab import Framework, Lab
 from .meter import Meter, peak_memory
-from .models.adapter import AdaptedModel, LoraConfig, adapt
+from .models.adapter import AdaptedModel, adapt
 from .models.cut import check_cut
 from .models.load import load_base, load_tokenizer, reads, resolve, vocabulary
 from .models.train import Adapter
@@ -41,7 +41,7 @@ class Bench:
         self.alone = False  # whether this process works for a single site …
         self.own = False  # … and belongs to it
         self._model: tuple[int, AdaptedModel] | None = None
-        self._others: dict[tuple[str, LoraConfig], Bench] = {}
+        self._others: dict[tuple[str, str], Bench] = {}
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -133,7 +133,7 @@ class Bench:
         if own is None:
             return self
         model, lora = own[0], own[1] or self.config.lora
-        key = (model, lora)
+        key = (model, lora.model_dump_json())
         if key not in self._others:
             config = self.config.model_copy(update={"model": model, "lora": lora})
             config._base = self.config.base

@@ -62,7 +62,7 @@ def compare(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Compare FedLLM, KD-FedLLM and Split-FedLLM, and two yardsticks, on the same model and data."""
-    from .config import load_config
+    from .config_file import load_config
 
     out = out or Path("runs") / f"{config.stem if config else 'demo'}-{time.strftime('%Y%m%d-%H%M%S')}"
     _compare(lambda: load_config(config, settings or []), out, as_json, record_frames, jobs)
@@ -78,7 +78,7 @@ def resume(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Go on with a comparison after the last round that was committed, to the same results."""
-    from .config import load_config
+    from .config_file import load_config
 
     if not os.path.isfile(folder / "config.yaml"):
         raise ConfigError(f"{folder} is no run folder: it holds no config.yaml")

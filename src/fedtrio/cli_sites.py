@@ -46,7 +46,7 @@ def serve(
     """Run a comparison with sites that dial in over HTTPS."""
     from rich.console import Console
 
-    from .config import load_config
+    from .config_file import load_config
 
     console = Console(stderr=as_json, highlight=False)
     out = out or Path("runs") / config.stem
@@ -85,7 +85,7 @@ def site(
 ) -> None:
     """Take part as a site: dial out to a server, train on this machine's own data."""
     from .certs import check, describe
-    from .config import load_site_config
+    from .config_file import load_site_config
 
     check(certs)
     name = describe(certs).subject

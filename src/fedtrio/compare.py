@@ -13,7 +13,8 @@ from typing import Any
 
 from .bench import Bench
 from .checkpoint import write_whole
-from .config import Config, WireConfig, load_config
+from .config import Config, WireConfig
+from .config_file import load_config
 from .errors import ConfigError
 from .meter import Meter
 from .run import OnRound, cohort_size

@@ -70,7 +70,8 @@ def _site(patient: Patient) -> Found:
     if patient.config is None:
         raise ConfigError("name the site's YAML file: fedtrio doctor my-site.yaml --site")
     from .checks import data
-    from .config import Config, load_site_config
+    from .config import Config
+    from .config_file import load_site_config
 
     own: SiteConfig = load_site_config(patient.config, patient.settings)
     yield Finding("configuration", "ok", f"{patient.config}: a site's, device {own.device}")
@@ -87,7 +88,7 @@ def _site(patient: Patient) -> Found:
 def _server_or_all(patient: Patient) -> Found:
     """A server's configuration, or that of a comparison on this machine. ConfigError, ModelError for the device."""
     from .checks import data
-    from .config import load_config
+    from .config_file import load_config
 
     config = load_config(patient.config, patient.settings).resolved()
     serving = config.wire.sites is not None or patient.certs is not None

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .checkpoint import write_whole
 from .compare import Folder, compare
-from .config import Config, load_config
+from .config import Config
+from .config_file import load_config
 from .errors import ConfigError, FedtrioError, did_you_mean
 
 Settings = dict[str, Any]

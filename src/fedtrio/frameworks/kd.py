@@ -23,7 +23,7 @@ from ..aggregation.logits import ERA, SHARPENED, Logits, absent, aggregate, redu
 from ..codecs import Codec, Crossing, Spec
 from ..errors import ConfigError, MessageError, QuorumError
 from ..message import Fact, Message, Reply
-from ..models.adapter import LoraConfig
+from ..models.lora import LoraConfig
 from ..models.train import Adapter
 from .kd_logits import Unread, check_names, codec_of, fitted, of_site, top_k
 from .lab import ClientProgram, Framework, Lab, ServerProgram, Site, State, weights_of
@@ -108,6 +108,8 @@ class KD(Framework):
             raise ValueError("feddf averages adapters, so all sites hold the same model: leave out models")
         if self.protocol == "feddf" and (self.logits not in ("auto", "none") or self.upload_bytes or self.upload_rate):
             raise ValueError("feddf sends adapters and no logits: leave out logits and budgets; wire.up has codecs")
+        if self.lora and self.lora.by_site:
+            raise ValueError(f"{self.lora.by_site} is for fedllm: kd.lora has one rank for all of models")
         if self.sharpening and self.aggregation not in SHARPENED:
             raise ValueError(f"sharpening is of {', '.join(SHARPENED)}, not of aggregation {self.aggregation}")
         if self.selection != "greatest" and self.protocol != "fedmkt":

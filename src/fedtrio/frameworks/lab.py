@@ -15,8 +15,9 @@ from ..data.batches import IGNORE, Batch, Encoded, collate, epoch_batches, lengt
 from ..data.private import PrivateData
 from ..errors import MessageError
 from ..message import Message, Reply
-from ..models.adapter import AdaptedModel, LoraConfig
+from ..models.adapter import AdaptedModel
 from ..models.cut import WHOLE, Span
+from ..models.lora import LoraConfig
 from ..models.train import Adapter, Learner, TrainConfig, distillation_loss, task_loss
 from .guards import Guards
 

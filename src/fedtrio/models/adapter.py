@@ -12,78 +12,20 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from .cut import WHOLE, Gates, Reached, Span, find_blocks, pack, positions_of, unpack, within
 from .load import Task
+from .lora import LoraConfig
 from .train import Adapter
 
 _HEADS = r".*(classifier|score)(\..*)?"  # trained whole by PEFT in sequence classification, so never given LoRA too
 
-_RANK = TypeAdapter(Annotated[int, Field(ge=1, le=10_000)])
-
 Observe = Callable[[tuple[Hashable, ...], Callable[[], set[int]]], AbstractContextManager[None]]
-
-
-class LoraConfig(BaseModel):
-    """The adapter, in PEFT's words: W + (lora_alpha / r)·B·A (LoRA, arXiv:2106.09685)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    r: int | list[int] | dict[str, int] = Field(
-        default=8,
-        description="rank, 1 to 10000; for fedllm also one for each site: a list in the order of their names, or a "
-        "mapping {site: r}; the yardsticks take the largest",
-    )
-    lora_alpha: float = Field(default=16, gt=0, description="scale is lora_alpha / r")
-    target_modules: str | list[str] = Field(default="all-linear", description="module names, or all-linear")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="on the input of A")
-    use_rslora: bool = Field(default=False, description="scale is lora_alpha / sqrt(r)")
-    modules_to_save: list[str] | None = Field(default=None, description="modules trained whole, beside the head")
-
-    @field_validator("r", mode="before")
-    @classmethod
-    def _ranks_in_range(cls, value: Any) -> Any:
-        """One fault in plain words, where a union of types would name three."""
-        given = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        if not given:
-            raise ValueError("a rank is missing: give one, or one for each site")
-        try:
-            ranks = [_RANK.validate_python(rank) for rank in given]
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"]) from None
-        if isinstance(value, dict):
-            return dict(zip(value, ranks, strict=True))
-        return ranks if isinstance(value, list) else ranks[0]
-
-    @property
-    def rank(self) -> int:
-        """The largest rank, that of the server."""
-        return self.r if isinstance(self.r, int) else max(self.r.values() if isinstance(self.r, dict) else self.r)
-
-    @property
-    def by_site(self) -> bool:
-        """Whether ranks are given site by site."""
-        return not isinstance(self.r, int)
-
-    def ranks(self, sites: Sequence[str]) -> dict[str, int]:
-        """The rank of each site; empty where all have one. Raises ConfigError where they don't fit the sites."""
-        sites = sorted(sites)
-        if isinstance(self.r, int):
-            return {}
-        if isinstance(self.r, list):
-            if len(self.r) != len(sites):
-                raise ConfigError(f"lora.r lists {len(self.r)} ranks for {len(sites)} sites: {', '.join(sites)}")
-            return dict(zip(sites, self.r, strict=True))
-        if wrong := sorted(self.r.keys() ^ set(sites)):
-            fault = "is no site" if wrong[0] in self.r else "has no rank"
-            raise ConfigError(f"lora.r: {wrong[0]!r} {fault}; the sites are {', '.join(sites)}")
-        return dict(self.r)
 
 
 def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
