@@ -53,7 +53,8 @@ def costs(
 
     `accuracies` are of the model that each site ends up with; None where a site has no test set.
     """
-    sent = [entry for entry in ledger if entry.direction == "up" and entry.payload] if method.federated else []
+    sent = [entry.kind for entry in ledger if entry.direction == "up" and entry.payload and method.federated]
+    parts = {part for kind in sent for part in kind.split(" and ")}
     known = [accuracy for accuracy in accuracies.values() if accuracy is not None]
     return {
         **spent(method, ledger, efforts),
@@ -76,7 +77,7 @@ def costs(
             for site, number in examples.items()
         ],
         "kinds": ledger.by_kind() if method.federated else [],
-        "left_sites": sorted({part for entry in sent for part in entry.kind.split(" and ")}),
+        "left_sites": ["labels", "texts"] if method.pooled else sorted(parts),
         "how": HOW,
     }
 

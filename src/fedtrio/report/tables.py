@@ -122,6 +122,8 @@ def left_sites(results: Results) -> list[dict[str, str]]:
         shield = f"clipped to norm {settings['clip']:g}" if settings.get("clip") else ""
         shield += f", noise of {settings['noise']:g} times that" if settings.get("noise") else ""
         words = {way: ", ".join(parts) or "nothing" for way, parts in ways.items()}
+        if framework == "centralized":
+            words["up"] = "labels, texts"  # as if, for it sends nothing here
         rows.append({"framework": framework, **words, "shield": shield or "nothing"})
     return rows
 
