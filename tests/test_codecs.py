@@ -20,7 +20,7 @@ from torch import Tensor
 from fedtrio import codecs
 from fedtrio.codecs import KINDS, Codec, Crossing, Spec, difference, known, parse, restore
 from fedtrio.codecs.parts import LABELS, index_bytes, round_up
-from fedtrio.codecs.stages import prune
+from fedtrio.codecs.ranks import prune
 from fedtrio.errors import ConfigError, MessageError
 from fedtrio.message import DTYPES, Message, decode, encode
 

@@ -23,7 +23,6 @@ from fedtrio.aggregation.lora import (
     core_name,
     factor_of,
     fresh,
-    lora_scale,
     mean_product,
     merged,
     norm,
@@ -232,16 +231,6 @@ def test_a_layer_as_wide_as_the_rank():
     wanted = sum(p * s * adapters[k][b] @ adapters[k][a] for k, p, s in (("a", 0.25, 2.0), ("b", 0.75, 5.0)))
     assert torch.allclose(stack[b] @ stack[a], wanted, rtol=0, atol=1e-12)  # type: ignore[arg-type]
     assert stack[a].shape == (8, 4) and stack[b].shape == (4, 8)
-
-
-def test_the_scale_is_pefts():
-    import peft
-
-    for rslora in (False, True):
-        config = peft.LoraConfig(r=6, lora_alpha=8, target_modules=["layer"], use_rslora=rslora)
-        layer: Any = peft.get_peft_model(Net("Linear", 8, 12), config).get_base_model().layer  # type: ignore[arg-type]
-        assert layer.scaling["default"] == lora_scale(8, 6, rslora)
-    assert lora_scale(8, 4) == 2 and lora_scale(8, 4, use_rslora=True) == 4
 
 
 def test_sites_that_sent_something_else_are_named():
@@ -682,27 +671,6 @@ def test_hetlora_keeps_components_that_no_one_held():
         assert torch.equal(kept[a][:3], erased[a][:3]) and torch.equal(kept[b][:, :3], erased[b][:, :3])
 
 
-def test_self_pruning_by_hand():
-    """γ = 0.5 of rank 4: the last two columns of B and rows of A."""
-    b = torch.zeros(3, 4, dtype=torch.float64)
-    b[:, 2:] = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-    b[:, :2] = 100.0
-    a = torch.full((4, 9), 2.0, dtype=torch.float64)
-    adapter = {"q.lora_A.default.weight": a.requires_grad_(), "q.lora_B.default.weight": b.requires_grad_()}
-    score = rules.tail_norm(adapter, keep=0.5)
-    assert score.item() == pytest.approx(5 * math.sqrt(18 * 4))
-    score.backward()
-    assert b.grad is not None and not b.grad[:, :2].any() and bool(b.grad[0, 2]) and bool(torch.isfinite(b.grad).all())
-    silent = {n: torch.zeros_like(t).requires_grad_() for n, t in adapter.items()}
-    rules.tail_norm(silent, keep=0.5).backward()
-    assert all(t.grad is not None and bool(torch.isfinite(t.grad).all()) for t in silent.values())
-    assert rules.pruned_rank(8, before=2.0, after=1.9) == 7  # ⌊0.99 · 8⌋
-    assert rules.pruned_rank(8, before=2.0, after=2.0) == 8
-    assert rules.pruned_rank(8, before=2.0, after=1.0, keep=0.5) == 4
-    assert rules.pruned_rank(8, before=2.0, after=1.0, least=6, keep=0.5) == 6
-    assert rules.pruned_rank(3, before=2.0, after=1.0, least=6, keep=0.5) == 3  # it prunes, and never grows
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_fedsb_is_exact(dtype: torch.dtype, ragged: bool):
@@ -751,21 +719,6 @@ def test_fedsb_trains_r_and_nothing_else():
     assert not any(t.requires_grad for t in frozen.values())
     with pytest.raises(ConfigError, match="at most 6 at h"):
         rules.fedsb_start(made(7, 0))
-
-
-def test_fedsb_from_updates_is_nearest():
-    """s·B·R·A is the truncated SVD of the first update, dense or given as factors."""
-    like = made(3, 0)
-    truth = {layer: torch.randn(o, i, dtype=torch.float64) for layer, (o, i) in SHAPES.items()}
-    updates = {layer: Product(d, torch.eye(d.shape[1], dtype=torch.float64)) for layer, d in truth.items()}
-    frozen, cores = rules.fedsb_from_updates(updates, like, SCALE)
-    for layer, change in dense(rules.fedsb_adapter(frozen, cores), SCALE).items():
-        u, s, v = torch.linalg.svd(truth[layer])
-        nearest = u[:, :3] * s[:3] @ v[:3]
-        assert float((change - nearest).norm()) < 1e-10
-    with pytest.raises(ConfigError, match="has rank 2"):
-        thin = {layer: Product(p.b[:, :2], p.a[:2]) for layer, p in updates.items()}
-        rules.fedsb_from_updates(thin, like, SCALE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

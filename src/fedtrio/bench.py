@@ -38,8 +38,7 @@ class Bench:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.costs: dict[Any, Any] = {}
-        self.alone = False  # whether this process works for a single site …
-        self.own = False  # … and belongs to it
+        self.alone = False  # whether this process works for a single site
         self._model: tuple[int, AdaptedModel] | None = None
         self._others: dict[tuple[str, str], Bench] = {}
 
@@ -212,7 +211,7 @@ class Bench:
         def conclude(site: Site) -> Mapping[str, float]:
             memory = {"process_peak_bytes": peak_memory()} if self.alone else {}
             own = method.own_adapter(lab, site)
-            if own is not None and folder and (self.own or method.adapter(lab, method.setup(lab)) is None):
+            if own is not None and folder and method.adapter(lab, method.setup(lab)) is None:
                 lab.model.save(own, folder / "adapter")
             scores = self.evaluate(lab, own).facts() if own is not None and len(self.encoded["test"]) else {}
             return scores | memory

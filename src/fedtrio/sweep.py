@@ -21,6 +21,7 @@ from .compare import Folder, compare
 from .config import Config
 from .config_file import load_config
 from .errors import ConfigError, FedtrioError, did_you_mean
+from .wires.process import fork_server
 
 Settings = dict[str, Any]
 OnPoint = Callable[[str, int, int, list[dict[str, Any]]], None]  # point, how many are done, of how many, its runs
@@ -125,10 +126,7 @@ def _results(todo: Mapping[str, tuple[Config, Path]], jobs: int | None) -> Itera
     if jobs < 2:
         yield from ((name, _run(*point)) for name, point in todo.items())
         return
-    context = multiprocessing.get_context("forkserver" if hasattr(signal, "SIGALRM") else "spawn")
-    if hasattr(context, "set_forkserver_preload"):
-        context.set_forkserver_preload(["fedtrio.compare", "peft"])
-    with ProcessPoolExecutor(jobs, context, _ignore_interrupts) as pool:
+    with ProcessPoolExecutor(jobs, fork_server(["fedtrio.compare", "peft"]), _ignore_interrupts) as pool:
         pending: dict[Future[list[dict[str, Any]]], str] = {pool.submit(_run, *todo[name]): name for name in todo}
         try:
             while pending:

@@ -14,6 +14,7 @@ from .bench import Bench
 from .config import Config
 from .errors import FedtrioError
 from .run import OnRound, run
+from .wires.process import fork_server
 
 Task = tuple[str, int, Path | None, Path | None]  # framework, seed, run folder, folder for frames
 
@@ -26,9 +27,7 @@ class Workers:
         if jobs < 2:
             self._bench = Bench(config)
             return
-        context = multiprocessing.get_context("forkserver" if hasattr(signal, "SIGALRM") else "spawn")
-        if hasattr(context, "set_forkserver_preload"):
-            context.set_forkserver_preload(["fedtrio.run", "peft"])
+        context = fork_server(["fedtrio.run", "peft"])
         self._news = context.SimpleQueue()
         self._pool = ProcessPoolExecutor(jobs, context, _open, (config, self._news))
 

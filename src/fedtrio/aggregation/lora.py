@@ -50,11 +50,6 @@ class Svd(NamedTuple):
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def lora_scale(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
-    """s = α/r, or α/√r ("A Rank Stabilization Scaling Factor", arXiv:2312.03732)."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
 def factor_of(name: str) -> Factor | None:
     """Which factor a tensor is, told by its name alone; None for the head and all else that trains whole.
 

@@ -43,7 +43,6 @@ from .lora import (
     resized,
     row_signs,
     stacked,
-    svd,
     travelling,
     truncated,
 )
@@ -197,21 +196,6 @@ def norm_weights(adapters: Adapters, scales: Numbers) -> dict[str, float]:
     return norms if any(norms.values()) else dict.fromkeys(norms, 1.0)
 
 
-def tail_norm(adapter: Adapter, keep: float = 0.99) -> Tensor:
-    """Σ ‖B_{:, γr:}‖_F·‖A_{γr:, :}‖_F, HetLoRA's regulariser of the last components; autograd goes through it."""
-    total = torch.zeros((), dtype=torch.float64)
-    for pair in pairs(adapter).values():
-        b, a = adapter[pair.b], adapter[pair.a]
-        start = int(keep * a.shape[0])
-        total = total + torch.linalg.matrix_norm(b[:, start:]) * torch.linalg.matrix_norm(a[start:])
-    return total
-
-
-def pruned_rank(rank: int, before: float, after: float, least: int = 1, keep: float = 0.99) -> int:
-    """HetLoRA's self-pruning: max(r_min, ⌊γr⌋) where training has lessened `tail_norm`, else the same rank."""
-    return min(rank, max(least, int(keep * rank))) if after < before else rank
-
-
 # Small cores between frozen factors -----------------------------------------------------------------------------------
 
 
@@ -246,25 +230,6 @@ def fedsb_start(like: Adapter, generator: torch.Generator | None = None) -> tupl
         a, b = (torch.randn(n, r, generator=generator, dtype=torch.float64) for n in (i, o))
         frozen[layer] = Product(torch.linalg.qr(b).Q, torch.linalg.qr(a).Q.T)
         cores[core_name(pair)] = like[pair.a].new_zeros(r, r)
-    return placed(frozen, like), cores | remainder(like)
-
-
-def fedsb_from_updates(
-    updates: Mapping[str, Product], like: Adapter, scale: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """B, R and A whose s·B·R·A is nearest to a first step of full fine-tuning, given by layer as a product.
-
-    "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning"
-    (LoRA-SB, arXiv:2411.19557): B = U_r, R = Σ_r/s, A = Vᵀ_r. A dense update D is Product(D, 1).
-    """
-    frozen, cores = {}, {}
-    for layer, pair in pairs(like).items():
-        r = like[pair.a].shape[0]
-        u, s, v = svd(Product(updates[layer].b.double(), updates[layer].a.double()))
-        if len(s) < r:
-            raise ConfigError(f"fedsb at rank {r}, but the first update of {layer} has rank {len(s)}")
-        frozen[layer] = Product(u[:, :r], v[:r])
-        cores[core_name(pair)] = torch.diag(s[:r] / scale).to(like[pair.a])
     return placed(frozen, like), cores | remainder(like)
 
 

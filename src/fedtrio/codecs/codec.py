@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, MessageError
 from .parts import LABELS, Crossing, Spec, is_finite, working
-from .stages import ALL, Parts, Rank, Stage
+from .ranks import Rank
+from .stages import ALL, Parts, Stage
 
 SMALL = 64
 LIMIT_BYTES = 2 << 30

@@ -11,7 +11,8 @@ import torch
 
 from ..errors import ConfigError, did_you_mean
 from .codec import Codec
-from .stages import QSGD, Cast, LowRank, Nearest, Rank, Stage, TopK
+from .ranks import LowRank, Rank
+from .stages import QSGD, Cast, Nearest, Stage, TopK
 
 PER = {"tensor": {"per": "tensor"}, "row": {"per": "row"}, "token": {"per": "token"}}
 SCALES = {"fp32": {"scale": torch.float32}, "fp16": {"scale": torch.float16}, "bf16": {"scale": torch.bfloat16}}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..aggregation.adapters import weighted_mean
 from ..aggregation.robust import clipped, coordinate_median, krum_sites, trimmed_mean
-from ..aggregation.server_optimizers import OPTIMIZERS, delta, sampled_update
+from ..aggregation.server_optimizers import OPTIMIZERS, delta, mean_update, sampled_update
 from ..errors import ConfigError
 from ..models.train import Adapter
 from .lab import Framework, State
@@ -87,17 +87,19 @@ class Server(Framework):
         """What takes the place of the common tensors: the weighted mean, or what stands in for it."""
         if own is not None:
             return _own_mean(own, sent, weights)
-        if self.plain_mean:
+        if self.plain:
             return weighted_mean(sent, weights)
-        updates = {site: delta(after, common) for site, after in sent.items()}
-        if self.clip_norm is not None:
-            updates = {site: clipped(update, self.clip_norm) for site, update in updates.items()}
-        update = self._robust_mean(updates, weights)
+        if self.plain_mean:  # an optimizer follows, for which the mean must not be rounded to the adapter's dtype
+            update = mean_update(sent, common, weights)
+        else:
+            update = self._robust_mean({site: delta(after, common) for site, after in sent.items()}, weights)
         return {name: common[name].double() + tensor for name, tensor in update.items()}
 
     def _robust_mean(
         self, updates: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
+        if self.clip_norm is not None:
+            updates = {site: clipped(update, self.clip_norm) for site, update in updates.items()}
         match self.robust:
             case "median":
                 return coordinate_median(updates)

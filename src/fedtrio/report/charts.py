@@ -70,7 +70,8 @@ def series(results: Results, framework: str, x: str) -> list[Point]:
     return points
 
 
-def _y_axis(score: Score, values: Sequence[float]) -> Axis:
+def y_axis_of(score: Score, values: Sequence[float]) -> Axis:
+    """The axis of a quality; logarithmic for a perplexity that falls far."""
     low, high = min(values), max(values)
     if not score.higher_is_better and low > 0 and high / low > 6:
         return Axis(low / 1.15, high * 1.15, HEIGHT - BOTTOM, TOP, log=True)
@@ -81,7 +82,8 @@ def _y_axis(score: Score, values: Sequence[float]) -> Axis:
     return Axis(low, high, HEIGHT - BOTTOM, TOP)
 
 
-def _x_axis(x: str, values: Sequence[float], right: float) -> Axis:
+def x_axis_of(x: str, values: Sequence[float], right: float) -> Axis:
+    """The axis of `round`, `bytes` or `flops`; costs are logarithmic."""
     low, high = min(values), max(values)
     if x == "round":
         return Axis(low - (low == high), high + (low == high), LEFT + 8, right)
@@ -89,7 +91,8 @@ def _x_axis(x: str, values: Sequence[float], right: float) -> Axis:
     return Axis(low / ratio, high * ratio, LEFT, right, log=True)
 
 
-def _grid(x: str, x_axis: Axis, y_axis: Axis, score: Score) -> Iterable[str]:
+def grid(x: str, x_axis: Axis, y_axis: Axis, score: Score) -> Iterable[str]:
+    """Lines, ticks and names of both axes."""
     right = WIDTH - RIGHT
     for mark in y_axis.ticks():
         words = percent_text(mark, 0 if abs(100 * mark - round(100 * mark)) < 1e-6 else 1)
@@ -111,7 +114,7 @@ def _grid(x: str, x_axis: Axis, y_axis: Axis, score: Score) -> Iterable[str]:
     yield text((LEFT + right) / 2, HEIGHT - 8, names[x], "middle", ' class="name"')
 
 
-def _marker(framework: str, x: float, y: float) -> str:
+def marker(framework: str, x: float, y: float) -> str:
     """A shape as well as a colour, so that the frameworks differ in grey too."""
     shapes = {
         "kd": f"M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6-6z",
@@ -135,7 +138,7 @@ def _curve(framework: str, points: list[Point], x_axis: Axis, y_axis: Axis, tell
     for place, (x, y) in enumerate(spots):
         last = place == len(spots) - 1
         if last or place % every == 0:
-            mark = _marker(framework, x, y) if last else f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>'
+            mark = marker(framework, x, y) if last else f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>'
             parts.append(f"<g><title>{escape(tell(points[place]))}</title>{mark}</g>")
     return f'<g style="--c:{tone(framework)}">{"".join(parts)}</g>'
 
@@ -199,8 +202,8 @@ def quality(results: Results, x: str) -> str:
     right = WIDTH - RIGHT - LETTER * max(len(TITLES.get(name, name)) for name in curves)
     every = [point for points in curves.values() for point in points]
     yards = {name: finals[name] for name in YARDSTICKS if name in finals}
-    y_axis = _y_axis(score, [v for point in every for v in (point.low, point.high)] + list(yards.values()))
-    x_axis = _x_axis(x, [point.x for point in every], right)
+    y_axis = y_axis_of(score, [v for point in every for v in (point.low, point.high)] + list(yards.values()))
+    x_axis = x_axis_of(x, [point.x for point in every], right)
     taken = [box for points in curves.values() for box in _boxes(points, x_axis, y_axis)]
     lines = [
         _yardstick(name, f"{TITLES[name]} {score.text(value)}", value, y_axis, taken) for name, value in yards.items()
@@ -220,7 +223,7 @@ def quality(results: Results, x: str) -> str:
         labels.append(text(*spot, words, "start", f' class="label" style="--c:{tone(name)}"'))
     ends = "; ".join(f"{TITLES.get(name, name)} ends at {score.text(p[-1].y)}" for name, p in curves.items())
     against = {"round": "rounds", "bytes": "bytes of one site", "flops": "operations of one site"}[x]
-    body = [*_grid(x, x_axis, y_axis, score), *lines, *drawn, *labels]
+    body = [*grid(x, x_axis, y_axis, score), *lines, *drawn, *labels]
     return svg(f"quality-{x}", f"{score.name} against {against}", ends + ".", (WIDTH, HEIGHT), body)
 
 

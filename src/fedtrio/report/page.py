@@ -18,7 +18,6 @@ from fedtrio.report.tables import (
     asides,
     cells,
     frameworks_of,
-    left_sites,
     next_command,
     reading,
     score_of,
@@ -85,6 +84,26 @@ def leaves(results: Results) -> list[dict[str, Any]]:
         ]
         blocks.append({"framework": framework, "reveals": _reveals(results, framework), "kinds": kinds})
     return blocks
+
+
+def left_sites(results: Results) -> list[dict[str, str]]:
+    """What left the sites in the runs of each framework, what came to them, and what was done to it before it left.
+
+    From the kinds of message that hold tensors, as the ledger has them: `activations and labels` are both.
+    """
+    rows = []
+    for framework in frameworks_of(results):
+        kinds = [kind for run in results["runs"] if run["framework"] == framework for kind in run.get("kinds") or []]
+        full = {way: [k["kind"] for k in kinds if k["direction"] == way and k["payload"]] for way in ("up", "down")}
+        ways = {way: sorted({part for kind in found for part in kind.split(" and ")}) for way, found in full.items()}
+        settings = (results["config"].get("split") or {}) if framework == "split" else {}
+        shield = f"clipped to norm {settings['clip']:g}" if settings.get("clip") else ""
+        shield += f", noise of {settings['noise']:g} times that" if settings.get("noise") else ""
+        words = {way: ", ".join(parts) or "nothing" for way, parts in ways.items()}
+        if framework == "centralized":
+            words["up"] = "labels, texts"  # as if, for it sends nothing here
+        rows.append({"framework": framework, **words, "shield": shield or "nothing"})
+    return rows
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

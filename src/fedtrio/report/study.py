@@ -5,21 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 from markupsafe import Markup
 
+from fedtrio.report.charts import HEIGHT, RIGHT, WIDTH, grid, marker, x_axis_of, y_axis_of
 from fedtrio.report.page import all_printable, filled
-from fedtrio.report.svg import LETTER, Axis, line, short, svg, text, tone
+from fedtrio.report.svg import LETTER, Axis, short, svg, text, tone
 from fedtrio.report.tables import TITLES, YARDSTICKS, Row, Score, score_of, summary
 from fedtrio.report.units import bytes_text, finite, flops_text, mean, memory_text, percent_text, seconds_text
 
 Study = Mapping[str, Any]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 340, 50, 18, 16, 46
 KNOWN = {"round", "accuracy", "loss", "perplexity", "bytes_up", "bytes_down", "client_flops"}  # in a curve's entries
 
 
@@ -140,9 +139,9 @@ def render(study: Study) -> str:
 
 # Quality against cost -------------------------------------------------------------------------------------------------
 
-_COSTS = {
-    "bytes": (lambda row: row.bytes_per_site, bytes_text, "Bytes of one site, both directions (log)"),
-    "flops": (lambda row: row.flops_per_site, flops_text, "Operations of one site (log)"),
+_COSTS: dict[str, tuple[Callable[[Row], float], Callable[[float], str]]] = {
+    "bytes": (lambda row: row.bytes_per_site, bytes_text),
+    "flops": (lambda row: row.flops_per_site, flops_text),
 }
 
 
@@ -158,27 +157,22 @@ def front(spots: Sequence[tuple[float, float]], higher_is_better: bool) -> list[
 
 def _scatter(lines: Sequence[Line], score: Score, cost: str) -> str:
     """One mark for each framework at each point, and the front as steps."""
-    of, write, name = _COSTS[cost]
+    of, write = _COSTS[cost]
     marks = [(each, of(each.row), finite(each.row.score)) for each in lines if each.row.framework not in YARDSTICKS]
     kept = [(each, x, y) for each, x, y in marks if x > 0 and y is not None]
     if not kept:
         return ""
-    xs, ys = [x for _, x, _ in kept], [y for *_, y in kept]
-    ratio = (max(xs) / min(xs)) ** 0.06 if max(xs) > min(xs) else 2.0
-    pad = 0.08 * (max(ys) - min(ys)) or 0.05
-    x_axis = Axis(min(xs) / ratio, max(xs) * ratio, LEFT + 8, WIDTH - RIGHT, log=True)
-    y_axis = Axis(min(ys) - pad, max(ys) + pad, HEIGHT - BOTTOM, TOP)
-    body = [*_frame(x_axis, y_axis, score, write, name)]
+    x_axis = x_axis_of(cost, [x for _, x, _ in kept], WIDTH - RIGHT)
+    y_axis = y_axis_of(score, [y for *_, y in kept])
+    body = [*grid(cost, x_axis, y_axis, score)]
     steps = front([(x, y) for _, x, y in kept], score.higher_is_better)
     outline = "".join(f"H{x_axis.at(x):.1f}V{y_axis.at(y):.1f}" for x, y in steps[1:])
     start = f"M{x_axis.at(steps[0][0]):.1f} {y_axis.at(steps[0][1]):.1f}"
     body.append(f'<path class="curve" style="--c:var(--strong)" d="{start}{outline}"/>')
     for each, x, y in kept:
         told = escape(f"{each.point}, {each.row.title}: {score.text(y)}, {write(x)}")
-        spot = f'cx="{x_axis.at(x):.1f}" cy="{y_axis.at(y):.1f}"'
-        body.append(
-            f'<g style="--c:{tone(each.row.framework)}"><title>{told}</title><circle class="mark" {spot} r="5"/></g>'
-        )
+        mark = marker(each.row.framework, x_axis.at(x), y_axis.at(y))
+        body.append(f'<g style="--c:{tone(each.row.framework)}"><title>{told}</title>{mark}</g>')
     body += _names(kept, steps, x_axis, y_axis)
     return svg(
         f"study-{cost}",
@@ -206,21 +200,6 @@ def _names(
                 text(left, at[1] - 5, label, "start", f' class="label" style="--c:{tone(each.row.framework)}"')
             )
     return found
-
-
-def _frame(x_axis: Axis, y_axis: Axis, score: Score, write: Any, name: str) -> list[str]:
-    body = []
-    for mark in y_axis.ticks():
-        body.append(line(LEFT, y_axis.at(mark), WIDTH - RIGHT, y_axis.at(mark), "grid"))
-        words = percent_text(mark, 0 if math.isclose(100 * mark, round(100 * mark), abs_tol=1e-6) else 1)
-        told = words if score.key == "accuracy" else f"{mark:,.4g}"
-        body.append(text(LEFT - 7, y_axis.at(mark) + 4, told, "end", ' class="tick"'))
-    for mark in x_axis.ticks(4):
-        told = write(mark).replace(".0 ", " ").replace(".00 ", " ")
-        body.append(text(x_axis.at(mark), HEIGHT - BOTTOM + 18, told, "middle", ' class="tick"'))
-    body.append(line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
-    body.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, name, "middle", ' class="name"'))
-    return body
 
 
 def _plain(value: Any) -> object:

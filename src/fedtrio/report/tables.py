@@ -108,26 +108,6 @@ class Row:
         return self.client_flops / self.sites
 
 
-def left_sites(results: Results) -> list[dict[str, str]]:
-    """What left the sites in the runs of each framework, what came to them, and what was done to it before it left.
-
-    From the kinds of message that hold tensors, as the ledger has them: `activations and labels` are both.
-    """
-    rows = []
-    for framework in frameworks_of(results):
-        kinds = [kind for run in results["runs"] if run["framework"] == framework for kind in run.get("kinds") or []]
-        full = {way: [k["kind"] for k in kinds if k["direction"] == way and k["payload"]] for way in ("up", "down")}
-        ways = {way: sorted({part for kind in found for part in kind.split(" and ")}) for way, found in full.items()}
-        settings = (results["config"].get("split") or {}) if framework == "split" else {}
-        shield = f"clipped to norm {settings['clip']:g}" if settings.get("clip") else ""
-        shield += f", noise of {settings['noise']:g} times that" if settings.get("noise") else ""
-        words = {way: ", ".join(parts) or "nothing" for way, parts in ways.items()}
-        if framework == "centralized":
-            words["up"] = "labels, texts"  # as if, for it sends nothing here
-        rows.append({"framework": framework, **words, "shield": shield or "nothing"})
-    return rows
-
-
 def deviation(values: Sequence[float]) -> float | None:
     """Sample standard deviation; one value has none."""
     if len(values) < 2:

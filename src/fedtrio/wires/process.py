@@ -17,6 +17,14 @@ Make = Callable[[Sequence[str]], Mapping[str, Answers]]  # the sites of one work
 RESET, CLOSE = "reset", "close"
 
 
+def fork_server(preload: Sequence[str] = ()) -> Any:
+    """What makes worker processes: a server that has imported `preload` once for all of them; elsewhere, new ones."""
+    context: Any = multiprocessing.get_context("forkserver" if hasattr(signal, "SIGALRM") else "spawn")
+    if preload and hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(list(preload))
+    return context
+
+
 class Process:
     """Each worker makes its sites itself and answers for them, one after the other.
 
@@ -27,9 +35,7 @@ class Process:
         self._make, self._names = make, list(sites)
         self.abreast = max(1, min(workers, len(sites)))  # sites that work at the same time
         self._groups = [self._names[i :: self.abreast] for i in range(self.abreast)]
-        self._context: Any = multiprocessing.get_context("forkserver" if hasattr(signal, "SIGALRM") else "spawn")
-        if preload and hasattr(self._context, "set_forkserver_preload"):
-            self._context.set_forkserver_preload(list(preload))
+        self._context = fork_server(preload)
         self._workers = [self._started(group) for group in self._groups]
 
     @property
