@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedtrio.config_file import load_config
+from fedtrio.sweep import load_study
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted([*ROOT.glob("configs/*.yaml"), ROOT / "src/fedtrio/data/demo/config.yaml"])
+STUDIES = sorted(path for path in ROOT.glob("configs/**/*.yaml") if "base:" in path.read_text(encoding="utf-8"))
+CONFIGS = sorted({*ROOT.glob("configs/**/*.yaml"), ROOT / "src/fedtrio/data/demo/config.yaml"} - {*STUDIES})
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -26,6 +28,12 @@ def test_configuration_loads_and_is_written_as_an_equal_one(path: Path, tmp_path
     config = load_config(path)
     (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(tmp_path / "again.yaml").model_dump() == config.model_dump()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_each_point_of_a_study_is_a_configuration(path: Path) -> None:
+    study, configs = load_study(path)
+    assert len(configs) == len(study.all_points()) > 0
 
 
 def anchors(page: Path) -> set[str]:
