@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -117,11 +118,16 @@ class Browser:
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event["params"] for event in self.events if event["method"] in kinds]
 
-    def picture(self, path: Path, whole: bool = True) -> None:
-        """A screenshot as PNG."""
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(found["data"]))
+    def picture(self, path: Path) -> None:
+        """What the window shows, as PNG."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def pdf(self) -> bytes:
         """The page as it is printed."""
         return base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+
+
+if __name__ == "__main__":  # docs/report.png: python tests/browser.py runs/demo/report.html docs/report.png
+    with Browser() as chromium:
+        chromium.open(Path(sys.argv[1]), width=1100, height=1965)
+        chromium.picture(Path(sys.argv[2]))

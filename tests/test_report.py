@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
+import math
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 from made_up import made_up
@@ -230,3 +233,63 @@ def test_what_averaging_lost_and_own_models() -> None:
     assert "missed the exact mean of the sites’ updates by 2.5 % of its norm in the last round, by 25.0 %" in error
     assert "accuracy 80.0 % in the mean and 55.0 % at the 10th percentile of sites; Jain’s index 0.970" in own
     assert error in render(results)
+
+
+# Colours --------------------------------------------------------------------------------------------------------------
+
+STYLE = (files("fedtrio.report") / "style.css.j2").read_text(encoding="utf-8")
+PALETTES = {
+    name: dict(re.findall(r"--([a-z]+): (#[0-9a-f]+)", block))
+    for name, block in zip(("light", "dark", "print"), re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL), strict=True)
+}
+NAMES = ("fedllm", "kd", "split", "centralized", "local", "other")
+
+
+def linear(colour: str) -> list[float]:
+    """Red, green, blue of a colour as light, from 0 to 1 (sRGB, IEC 61966-2-1)."""
+    digits = "".join(2 * digit for digit in colour[1:]) if len(colour) == 4 else colour[1:]
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def contrast(one: str, other: str) -> float:
+    """The ratio of WCAG 2.2."""
+    low, high = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in map(linear, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_ratio_of_contrast() -> None:
+    assert contrast("#fff", "#000") == pytest.approx(21) and contrast("#777777", "#fff") == pytest.approx(
+        4.48, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_all_words_pass_aa(name: str) -> None:
+    palette = PALETTES[name]
+    for ground in ("bg", "panel"):
+        for colour in ("ink", "muted", *NAMES):
+            assert contrast(palette[colour], palette[ground]) >= 4.5, (colour, ground)
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_the_colour_blind_can_tell_the_frameworks(name: str) -> None:
+    """Machado, Oliveira, Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency", 2009."""
+    deficiencies = {
+        "protan": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+        "deutan": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+        "tritan": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+    }
+    for rows in deficiencies.values():
+        seen = []
+        for framework in ("fedllm", "kd", "split"):
+            light = linear(PALETTES[name][framework])
+            red, green, blue = (max(0.0, sum(map(math.prod, zip(row, light, strict=True)))) for row in rows)
+            x, y, z = (
+                (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505,
+                0.2126 * red + 0.7152 * green + 0.0722 * blue,
+                (0.0193 * red + 0.1192 * green + 0.9505 * blue) / 1.089,
+            )
+            x, y, z = (part ** (1 / 3) if part > 0.008856 else 7.787 * part + 16 / 116 for part in (x, y, z))
+            seen.append((116 * y - 16, 500 * (x - y), 200 * (y - z)))
+        assert all(math.dist(a, b) > 15 for a, b in itertools.combinations(seen, 2))  # CIE 1976; 2.3 is just noticed

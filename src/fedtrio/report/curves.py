@@ -7,7 +7,8 @@ Every chart has a title and a description for screen readers; marks carry their 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -15,7 +16,18 @@ from typing import Any
 
 from fedtrio.report import link
 from fedtrio.report.svg import BOTTOM, HEIGHT, LEFT, LETTER, RIGHT, TOP, WIDTH, Axis, line, svg, text, tone
-from fedtrio.report.tables import TITLES, YARDSTICKS, Grid, Results, Score, frameworks_of, score_of, sites_of, summary
+from fedtrio.report.tables import (
+    TITLES,
+    YARDSTICKS,
+    Grid,
+    Results,
+    Score,
+    frameworks_of,
+    score_of,
+    sites_of,
+    summary,
+    title_of,
+)
 from fedtrio.report.units import bytes_text, count_text, finite, flops_text, mean, percent_text, seconds_text
 
 Box = tuple[float, float, float, float]
@@ -105,7 +117,7 @@ def numbers(results: Results, x: str) -> Grid:
         return f"{score.text(point.y)}{span}" if x == "round" else f"{write(point.x)}: {score.text(point.y)}"
 
     rows = [[str(number), *(cell(points.get(number)) for points in at.values())] for number in kept]
-    return ["Round", *(TITLES.get(name, name) for name in curves)], rows
+    return ["Round", *(title_of(name) for name in curves)], rows
 
 
 # Axes -----------------------------------------------------------------------------------------------------------------
@@ -132,12 +144,16 @@ def x_axis_of(x: str, values: Sequence[float], right: float) -> Axis:
     return Axis(low / ratio, high * ratio, LEFT, right, log=True)
 
 
-def _marks(x: str, axis: Axis) -> list[float]:
-    if x == "seconds":
-        found = [mark for mark in CLOCK if axis.low <= mark <= axis.high]
-        return found[:: -(-len(found) // 5) or 1]
-    found = axis.ticks(5 if x == "round" else 4)
-    return [mark for mark in found if mark == int(mark)] if x == "round" else found
+def _marks(x: str, axis: Axis) -> Iterator[tuple[float, str]]:
+    """Ticks of the x axis and their words, without those for which there is no room."""
+    found = [mark for mark in CLOCK if axis.low <= mark <= axis.high] if x == "seconds" else axis.ticks(5)
+    until = -1.0
+    for mark in found:
+        words = re.sub(r"(\.\d*?)0+ ", r"\1 ", AXES[x].write(mark)).replace(". ", " ")
+        half = LETTER * len(words) / 2
+        if axis.at(mark) - half > until and (x != "round" or mark == int(mark)):
+            until = axis.at(mark) + half + 4
+            yield mark, words
 
 
 def grid(x: str, x_axis: Axis, y_axis: Axis, score: Score) -> Iterable[str]:
@@ -149,8 +165,7 @@ def grid(x: str, x_axis: Axis, y_axis: Axis, score: Score) -> Iterable[str]:
         words = words if score.key == "accuracy" else f"{mark:,.4g}"
         yield text(LEFT - 7, y_axis.at(mark) + 4, words, "end", ' class="tick"')
     yield '<g class="ticks">'
-    for mark in _marks(x, x_axis):
-        words = AXES[x].write(mark).replace(".00 ", " ").replace(".0 ", " ")
+    for mark, words in _marks(x, x_axis):
         yield line(x_axis.at(mark), HEIGHT - BOTTOM, x_axis.at(mark), HEIGHT - BOTTOM + 4, "axis")
         yield text(x_axis.at(mark), HEIGHT - BOTTOM + 18, words, "middle", ' class="tick"')
     yield "</g>" + line(LEFT, HEIGHT - BOTTOM, right, HEIGHT - BOTTOM, "axis")
@@ -253,7 +268,7 @@ def _boxes(points: list[Point], x_axis: Axis, y_axis: Axis) -> list[Box]:
 
 
 def _axes(results: Results, x: str, curves: dict[str, list[Point]], yards: dict[str, float]) -> tuple[Axis, Axis]:
-    right = WIDTH - RIGHT - LETTER * max(len(TITLES.get(name, name[:16])) for name in curves)
+    right = WIDTH - RIGHT - LETTER * max(len(title_of(name)) for name in curves)
     every = [point for points in curves.values() for point in points]
     values = [v for point in every for v in (point.low, point.high)] + list(yards.values())
     return x_axis_of(x, [point.x for point in every], right), y_axis_of(score_of(results), values)
@@ -278,16 +293,14 @@ def quality(results: Results, x: str) -> str:
 
     def tell(name: str) -> Callable[[Point], str]:
         place = (lambda _: "") if x == "round" else AXES[x].write
-        return lambda point: (
-            f"{TITLES.get(name, name)}, round {point.round}: {score.text(point.y)} {place(point.x)}".rstrip()
-        )
+        return lambda point: f"{title_of(name)}, round {point.round}: {score.text(point.y)} {place(point.x)}".rstrip()
 
     body += [_curve(name, points, x_axis, y_axis, tell(name)) for name, points in curves.items()]
     for name, points in curves.items():
-        words = TITLES.get(name, name[:16])
+        words = title_of(name)
         spot = _place(words, x_axis.at(points[-1].x), y_axis.at(points[-1].y), taken, WIDTH - 2)
         body.append(text(*spot, words, "start", f' class="label" data-of="{escape(name)}" style="--c:{tone(name)}"'))
-    ends = "; ".join(f"{TITLES.get(name, name)} ends at {score.text(p[-1].y)}" for name, p in curves.items())
+    ends = "; ".join(f"{title_of(name)} ends at {score.text(p[-1].y)}" for name, p in curves.items())
     return svg(f"quality-{x}", f"{score.name} against {AXES[x].title}", ends + ".", (WIDTH, HEIGHT), body)
 
 
@@ -307,7 +320,7 @@ def slider(results: Results) -> dict[str, Any] | None:
     for name, runs in link.timed(results).items():
         rounds = [p.round for p in curves.get(name, [])]
         loads[name] = {
-            "title": TITLES.get(name, name),
+            "title": title_of(name),
             "y": [round(y_axis.at(p.y), 1) for p in curves.get(name, [])],
             "runs": [
                 {

@@ -72,7 +72,7 @@ class _Run(_Spent):
     events: list[_Event] = []
     client_peak_bytes: Amount = 0
     round_seconds: Amount = 0
-    client_accuracy: dict[str, Share | None] = {}
+    client_accuracy: dict[str, Amount | None] = {}
     how: dict[str, str] = {}
     adapter_sha256: str | None = None
 

@@ -8,7 +8,7 @@ from html import escape
 
 from fedtrio.report.curves import marker
 from fedtrio.report.svg import WIDTH, Axis, line, short, svg, text, tone
-from fedtrio.report.tables import TITLES, Grid, Results, score_of, summary
+from fedtrio.report.tables import Grid, Results, score_of, summary, title_of
 from fedtrio.report.verdict import differences, interval
 
 NAMES, WORDS = 100, 122  # room before and after the whiskers, where they share a line with them
@@ -103,5 +103,5 @@ def table(results: Results) -> Grid:
             )
             shown[1] = f"{low.replace('-', '−')} to {high.replace('-', '−')}"
         verdict = "same adapter" if found.same else "separable" if found.separable else "not separable"
-        rows.append([found.a.title, TITLES.get(found.b.framework, found.b.title), *shown, str(found.seeds), verdict])
+        rows.append([found.a.title, title_of(found.b.framework), *shown, str(found.seeds), verdict])
     return ["Framework", "Better than", f"By ({unit})", "95 % interval", "Common seeds", ""], rows

@@ -40,16 +40,21 @@ function draw(line) {
   const [low, high] = [least / ratio, most * ratio];
   const pixel = (x) => data.left + (Math.log(x / low) / Math.log(high / low)) * (data.right - data.left);
   const marks = data.clock.filter((mark) => mark >= low && mark <= high);
-  const few = marks.filter((_, place) => place % Math.ceil(marks.length / 5) === 0);
-  const ticks = svg.querySelector(".ticks");
-  ticks.replaceChildren(...few.flatMap((mark) => [
-    make("line", { x1: pixel(mark), x2: pixel(mark), y1: data.bottom, y2: data.bottom + 4, class: "axis" }),
-    make("text", { x: pixel(mark), y: data.bottom + 18, "text-anchor": "middle", class: "tick" },
-      clock(mark).replace(/\.00? /, " ")),
+  const few = [];
+  let end = -1;
+  for (const mark of marks) {
+    const words = clock(mark).replace(/(\.\d*?)0+ /, "$1 ").replace(". ", " ");
+    if (pixel(mark) - 3.5 * words.length <= end) continue;
+    end = pixel(mark) + 3.5 * words.length + 4;
+    few.push([pixel(mark), words]);
+  }
+  svg.querySelector(".ticks").replaceChildren(...few.flatMap(([x, words]) => [
+    make("line", { x1: x, x2: x, y1: data.bottom, y2: data.bottom + 4, class: "axis" }),
+    make("text", { x, y: data.bottom + 18, "text-anchor": "middle", class: "tick" }, words),
   ]));
   const taken = [];
   for (const [name, xs] of at) {
-    const ys = data.of[name].y;
+    const ys = data.of[name].y.map((y) => y.toFixed(1));
     const group = [...svg.querySelectorAll("g[data-of]")].find((one) => one.dataset.of === name);
     const label = [...svg.querySelectorAll("text[data-of]")].find((one) => one.dataset.of === name);
     if (!group) continue;
@@ -57,7 +62,7 @@ function draw(line) {
     group.querySelector(".curve").setAttribute("d", "M" + spots.join("L"));
     const dots = group.querySelectorAll("g");
     dots.forEach((dot, place) => dot.setAttribute("transform", "translate(" + spots[place] + ")"));
-    place(label, pixel(xs.at(-1)), ys.at(-1), taken);
+    place(label, pixel(xs.at(-1)), Number(ys.at(-1)), taken);
   }
 }
 function place(label, x, y, taken) {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtrio.report.tables import TITLES, YARDSTICKS, Results, frameworks_of, score_of
+from fedtrio.report.tables import YARDSTICKS, Results, frameworks_of, score_of, title_of
 from fedtrio.report.units import finite, mean
 
 RATES = [digit * 10.0**power for power in range(-1, 4) for digit in (1, 2, 5)] + [10_000.0]  # Mbit/s
@@ -146,5 +146,5 @@ def waited(results: Results) -> list[tuple[str, str, float, float]]:
         runs = [run for run in results["runs"] if run["framework"] == framework]
         lasted = mean(run.get("round_seconds") for run in runs)
         for name, (own, *_) in sites(results, framework) if lasted else ():
-            rows.append((TITLES.get(framework, framework), name, own, max(0.0, (lasted or 0.0) - own)))
+            rows.append((title_of(framework), name, own, max(0.0, (lasted or 0.0) - own)))
     return rows

@@ -14,10 +14,9 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtrio.report import curves, forest, holdings, link, sites, traffic
-from fedtrio.report.svg import printable, short
+from fedtrio.report.svg import printable, short, tone
 from fedtrio.report.tables import (
     SKEWED,
-    TITLES,
     YARDSTICKS,
     Results,
     cells,
@@ -25,6 +24,7 @@ from fedtrio.report.tables import (
     score_of,
     sites_of,
     summary,
+    title_of,
 )
 from fedtrio.report.units import bytes_text, count_text, factor_text, flops_text, names_text, seconds_text
 from fedtrio.report.verdict import asides, difference, interval, leaders, next_command, quality
@@ -56,7 +56,7 @@ def _best(head: str, costs: dict[str, float], value: Callable[[float], str]) -> 
     if not ranked:
         return []
     low, best = ranked[0]
-    others = names_text(f"{TITLES.get(name, name)} {factor_text(cost / low)}×" for cost, name in ranked[1:])
+    others = names_text(f"{title_of(name)} {factor_text(cost / low)}×" for cost, name in ranked[1:])
     return [Card(head, best, value(low), _unbroken(others))]
 
 
@@ -128,7 +128,7 @@ def _spread(results: Results) -> str:
     if not sites:
         return ""
     sizes = [site["examples"] for site in sites]
-    line = f"{len(sites)} sites hold {count_text(min(sizes))} to {count_text(max(sizes))} examples"
+    line = f"{count_text(len(sites))} sites hold {count_text(min(sizes))} to {count_text(max(sizes))} examples"
     labels = [site["effective_labels"] for site in sites if site.get("effective_labels") is not None]
     far = [site["emd"] for site in sites if site.get("emd") is not None]
     if not results["data"].get("labels"):
@@ -138,6 +138,8 @@ def _spread(results: Results) -> str:
     if far:
         line += f"; distance of a site's labels from the whole (EMD) {min(far):.2f} to {max(far):.2f}"
     seed = results["data"]["partitions"][0].get("seed")
+    if labels and len(sites) > holdings.SITES:
+        line += ". Each row stands for sites in order of the label that they hold most of, and shows their mean"
     return f"{line}. Shown: seed {seed}."
 
 
@@ -178,7 +180,6 @@ def _context(results: Results) -> dict[str, Any]:
         "scores": Markup(forest.scores(results)),
         "table": _table(results),
         "asides": asides(results),
-        "titles": TITLES,
         "pairs": (Markup(forest.pairs(results)), forest.table(results)),
         "quality": [(x, Markup(curves.quality(results, x)), curves.numbers(results, x)) for x in curves.AXES],
         "slider": slider,
@@ -190,7 +191,7 @@ def _context(results: Results) -> dict[str, Any]:
         "measured": sites.measured(results),
         "gained": _unbroken(sites.verdict(gained)),
         "gains": (Markup(sites.gains_chart(gained)), sites.table(gained)),
-        "many": sites.EACH,
+        "many": max((sites_of(results, run) for run in results["runs"]), default=0) > sites.EACH,
         "traffic": (Markup(traffic.traffic(results)), traffic.table(results)),
         "leaves": traffic.leaves(results),
         "left": traffic.left_sites(results),
@@ -245,7 +246,9 @@ def _read(name: str) -> str:
 @cache
 def _templates() -> Environment:
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return Environment(loader=FunctionLoader(_read), **options)
+    environment = Environment(loader=FunctionLoader(_read), **options)
+    environment.filters |= {"title_of": title_of, "tone": tone}
+    return environment
 
 
 def all_printable(value: Any) -> Any:

@@ -12,7 +12,7 @@ from json import dumps
 from fedtrio.report import link
 from fedtrio.report.curves import marker
 from fedtrio.report.svg import BOTTOM, HEIGHT, LEFT, LETTER, RIGHT, TOP, WIDTH, Axis, line, short, svg, text, tone
-from fedtrio.report.tables import TITLES, YARDSTICKS, Grid, Results, frameworks_of
+from fedtrio.report.tables import YARDSTICKS, Grid, Results, frameworks_of, title_of
 from fedtrio.report.units import count_text, finite, mean, names_text, percent_text, seconds_text
 
 EACH, ENDS, BARS = 24, 5, 12
@@ -45,7 +45,7 @@ def verdict(found: Gains) -> str:
     parts = []
     for framework, by_site in found.items():
         ahead = sum(gain > 0 for gain in by_site.values())
-        parts.append(f"{count_text(ahead)} of {count_text(len(by_site))} with {TITLES.get(framework, framework)}")
+        parts.append(f"{count_text(ahead)} of {count_text(len(by_site))} with {title_of(framework)}")
     return f"Sites that gain over training alone: {names_text(parts)}." if parts else ""
 
 
@@ -61,7 +61,7 @@ def table(found: Gains) -> Grid:
         names = list(dict.fromkeys(name for ordered in ends for name in (*ordered[-ENDS:][::-1], *ordered[:ENDS])))
     order = sorted(names, key=lambda name: -max(by_site.get(name, -9) for by_site in found.values()))
     rows = [[short(n, 40), *(_points(by[n]) if n in by else "–" for by in found.values())] for n in order]
-    return ["Site", *(TITLES.get(framework, framework) for framework in found)], rows
+    return ["Site", *(title_of(framework) for framework in found)], rows
 
 
 def gains_chart(found: Gains) -> str:
@@ -75,8 +75,7 @@ def gains_chart(found: Gains) -> str:
     draw = _rows if len(names) <= EACH else _ordered
     size, body = draw(found, names, low - pad, high + pad)
     told = "; ".join(
-        f"{TITLES.get(f, f)}: {_points(min(by.values()))} to {_points(max(by.values()))} points"
-        for f, by in found.items()
+        f"{title_of(f)}: {_points(min(by.values()))} to {_points(max(by.values()))} points" for f, by in found.items()
     )
     return svg("gains", "Gain of each site over training alone", told, size, body)
 
@@ -94,7 +93,7 @@ def _rows(found: Gains, names: Sequence[str], low: float, high: float) -> tuple[
     ]
     x = left
     for framework in found:  # the key, above the rows
-        title = TITLES.get(framework, short(framework, 16))
+        title = title_of(framework)
         body.append(f'<g style="--c:{tone(framework)}">{marker(framework, x + 5, 10)}')
         body.append(text(x + 16, 14, title, "start", ' class="label"') + "</g>")
         x += 30 + 7.5 * len(title)
@@ -105,7 +104,7 @@ def _rows(found: Gains, names: Sequence[str], low: float, high: float) -> tuple[
         body.append(line(left, y, WIDTH - 24, y, "grid"))
         for step, (framework, by_site) in enumerate(found.items()):
             if name in by_site:
-                tip = escape(f"{short(name, 60)}, {TITLES.get(framework, framework)}: {_points(by_site[name])} points")
+                tip = escape(f"{short(name, 60)}, {title_of(framework)}: {_points(by_site[name])} points")
                 mark = marker(framework, axis.at(by_site[name]), y + 5 * (step - (len(found) - 1) / 2))
                 body.append(f'<g style="--c:{tone(framework)}"><title>{tip}</title>{mark}</g>')
     body.append(text((left + WIDTH) / 2, bottom + 36, "Points of accuracy", "middle", ' class="name"'))
@@ -133,9 +132,7 @@ def _ordered(found: Gains, names: Sequence[str], low: float, high: float) -> tup
         taken.append(y)
         body.append(f'<g style="--c:{tone(framework)}">')
         body.append(f'<path class="curve" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in spots)}"/>')
-        body.append(
-            text(spots[-1][0] + 8, y + 4, TITLES.get(framework, short(framework, 14)), "start", ' class="label"')
-        )
+        body.append(text(spots[-1][0] + 8, y + 4, title_of(framework), "start", ' class="label"'))
         body.append("</g>")
     return (WIDTH, HEIGHT), body
 
@@ -172,7 +169,7 @@ def waiting(results: Results) -> list[tuple[str, str]]:
         told = (
             f"Sites wait {percent_text(max(0.0, min(idle)), 0)} to {percent_text(max(0.0, max(idle)), 0)} of the run."
         )
-        title = f"{TITLES.get(framework, framework)}: computing, sending and waiting of each site"
+        title = f"{title_of(framework)}: computing, sending and waiting of each site"
         charts.append((framework, svg(f"waiting-{number}", title, told, (WIDTH, 4 + row * len(loads)), body)))
     return charts
 
@@ -186,7 +183,7 @@ def waiting_table(results: Results) -> Grid:
             work, wire, trips = link.DEFAULT.parts(load)
             waits = max(0.0, lasts - link.DEFAULT.need(load))
             words = [seconds_text(part) for part in (work, wire + trips, waits)]
-            rows.append([TITLES.get(framework, framework), short(name, 40), *words])
+            rows.append([title_of(framework), short(name, 40), *words])
     return ["Framework", "Site", "Computing", "Sending and receiving", "Waiting"], rows
 
 

@@ -16,7 +16,7 @@ from fedtrio.report import link
 from fedtrio.report.curves import AXES, front, grid, marker, steps, x_axis_of, y_axis_of
 from fedtrio.report.page import all_printable, filled
 from fedtrio.report.svg import HEIGHT, LETTER, RIGHT, WIDTH, Axis, short, svg, text, tone
-from fedtrio.report.tables import TITLES, YARDSTICKS, Grid, Row, Score, score_of, summary
+from fedtrio.report.tables import YARDSTICKS, Grid, Row, Score, score_of, summary
 from fedtrio.report.units import bytes_text, finite, flops_text, mean, memory_text, percent_text, seconds_text
 from fedtrio.report.verdict import paired
 
@@ -145,7 +145,7 @@ def render(study: Study) -> str:
     lines = lines_of(study)
     shown = [(name, Markup(_scatter(lines, _score(study), name))) for name in _COSTS]
     seeds = sum(len(point["runs"]) for point in study["points"])
-    context = {"title": study["study"], "heads": heads, "rows": [*zip(lines, rows, strict=True)], "titles": TITLES}
+    context = {"title": study["study"], "heads": heads, "rows": [*zip(lines, rows, strict=True)]}
     context |= {"answer": answer(study), "notes": study.get("notes") or [], "differ": differ(study), "slider": None}
     context["files"] = not study.get("folders")
     facts = [("Points", len(study["points"])), ("Runs", seeds), ("Varied", ", ".join(study["varied"]) or "nothing")]

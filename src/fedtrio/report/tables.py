@@ -34,9 +34,16 @@ TITLES = {
     "centralized": "Centralized",
     "local": "Local",
 }
+LONGEST = 24  # letters of a framework's name, where it is none of these
 YARDSTICKS = ("centralized", "local")
 SKEWED = ("dirichlet", "length")  # partitions that have an alpha
 ASCII = str.maketrans({"±": "+-", "–": "-", "·": "-", "×": "x", "…": "..."})
+
+
+def title_of(framework: str) -> str:
+    """The name in the field's spelling."""
+    words = TITLES.get(framework, framework)
+    return words if len(words) <= LONGEST else words[: LONGEST - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Row:
     @property
     def title(self) -> str:
         """The name in the field's spelling."""
-        return TITLES.get(self.framework, self.framework)
+        return title_of(self.framework)
 
     @property
     def bytes_per_site(self) -> float:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from fedtrio.report.svg import WIDTH, short, svg, text, tone
-from fedtrio.report.tables import TITLES, Grid, Results, frameworks_of
+from fedtrio.report.tables import Grid, Results, frameworks_of, title_of
 from fedtrio.report.units import bytes_text, count_text, percent_text
 
 
@@ -53,11 +53,11 @@ def traffic(results: Results) -> str:
         y = 12 + place * row
         if name != seen:
             extra = f' class="label" style="--c:{tone(name)}"'
-            body.append(text(0, y + 13, TITLES.get(name, name), "start", extra))
+            body.append(text(0, y + 13, title_of(name), "start", extra))
         seen = name
         body.append(text(110, y + 13, "↑" if direction == "up" else "↓", "end", ' class="value"'))
         body += _bar(name, kinds, y, longest)
-        told.append(f"{TITLES.get(name, name)} {direction}: {bytes_text(sum(size for _, size in kinds))}")
+        told.append(f"{title_of(name)} {direction}: {bytes_text(sum(size for _, size in kinds))}")
     return svg("traffic", "What travels, by kind", "; ".join(told), (WIDTH, 12 + row * len(bars)), body)
 
 
@@ -69,7 +69,7 @@ def table(results: Results) -> Grid:
             kinds = _kinds(results, name, direction)
             total = sum(size for _, size in kinds)
             way = "to the server" if direction == "up" else "to the sites"
-            title = TITLES.get(name, name)
+            title = title_of(name)
             rows += [[title, way, kind, bytes_text(size), percent_text(size / total)] for kind, size in kinds]
     return ["Framework", "Way", "Kind", "Bytes", "Share"], rows
 

@@ -12,7 +12,6 @@ from itertools import combinations, count, islice
 
 from fedtrio.report.tables import (
     SKEWED,
-    TITLES,
     YARDSTICKS,
     Results,
     Row,
@@ -20,6 +19,7 @@ from fedtrio.report.tables import (
     frameworks_of,
     score_of,
     summary,
+    title_of,
 )
 from fedtrio.report.units import (
     bytes_text,
@@ -278,7 +278,7 @@ def asides(results: Results) -> list[str]:
     """What the table has no column for: what averaging lost, and how models of sites' own are spread."""
     lines = []
     for framework in frameworks_of(results):
-        runs, title = [r for r in results["runs"] if r["framework"] == framework], TITLES.get(framework, framework)
+        runs, title = [r for r in results["runs"] if r["framework"] == framework], title_of(framework)
         curves = [[finite(entry.get("aggregation_error")) for entry in run.get("curve") or []] for run in runs]
         known = [[error for error in curve if error is not None] for curve in curves]
         if any(known):
