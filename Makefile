@@ -30,7 +30,7 @@ test-faults: install ## kill, damage and fuzz at length
 	$(BIN)/python -m pytest -m faults
 
 test-browser: install ## the pages in a headless Chromium (apt-get install chromium)
-	$(BIN)/python -m pytest -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -m browser -rs tests/test_browser.py
 
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ AXES = {
     "round": Against("rounds", "Round", count_text),
     "bytes": Against("bytes of one site", "Bytes of one site, both directions (log)", bytes_text),
     "flops": Against("operations of one site", "Operations of one site (log)", flops_text),
-    "seconds": Against("time over this line", "Time from the start (log)", seconds_text),
+    "seconds": Against("time over this line", "Time from the first message on (log)", seconds_text),
 }
 
 
@@ -222,7 +222,7 @@ def _curve(framework: str, points: list[Point], x_axis: Axis, y_axis: Axis, tell
     return f'<g data-of="{escape(framework)}" style="--c:{tone(framework)}">{"".join(parts)}</g>'
 
 
-def _place(words: str, x: float, y: float, taken: list[Box], right: float) -> tuple[float, float]:
+def place_label(words: str, x: float, y: float, taken: list[Box], right: float) -> tuple[float, float]:
     """The first free spot near an end marker: right, above, below, left; remembered in `taken`."""
     width, tries = LETTER * len(words), []
     for step in range(8):
@@ -298,7 +298,7 @@ def quality(results: Results, x: str) -> str:
     body += [_curve(name, points, x_axis, y_axis, tell(name)) for name, points in curves.items()]
     for name, points in curves.items():
         words = title_of(name)
-        spot = _place(words, x_axis.at(points[-1].x), y_axis.at(points[-1].y), taken, WIDTH - 2)
+        spot = place_label(words, x_axis.at(points[-1].x), y_axis.at(points[-1].y), taken, WIDTH - 2)
         body.append(text(*spot, words, "start", f' class="label" data-of="{escape(name)}" style="--c:{tone(name)}"'))
     ends = "; ".join(f"{title_of(name)} ends at {score.text(p[-1].y)}" for name, p in curves.items())
     return svg(f"quality-{x}", f"{score.name} against {AXES[x].title}", ends + ".", (WIDTH, HEIGHT), body)

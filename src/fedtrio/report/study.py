@@ -13,9 +13,9 @@ from typing import Any
 from markupsafe import Markup
 
 from fedtrio.report import link
-from fedtrio.report.curves import AXES, front, grid, marker, steps, x_axis_of, y_axis_of
+from fedtrio.report.curves import AXES, front, grid, marker, place_label, steps, x_axis_of, y_axis_of
 from fedtrio.report.page import all_printable, filled
-from fedtrio.report.svg import HEIGHT, LETTER, RIGHT, WIDTH, Axis, short, svg, text, tone
+from fedtrio.report.svg import HEIGHT, RIGHT, WIDTH, Axis, short, svg, text, tone
 from fedtrio.report.tables import YARDSTICKS, Grid, Row, Score, score_of, summary
 from fedtrio.report.units import bytes_text, finite, flops_text, mean, memory_text, percent_text, seconds_text
 from fedtrio.report.verdict import paired
@@ -194,10 +194,10 @@ def _bytes(line: Line) -> float:
 
 
 def differ(study: Study) -> Grid:
-    """The settings that are not the same at all points."""
+    """The settings that are not the same in all runs; at the points of a study their names say them."""
     names = list(study["varied"])[:KEYS]
     rows = [[p["name"], *(str(_plain(p["settings"].get(name, "–"))) for name in names)] for p in study["points"]]
-    return ["Point", *names], rows if names else []
+    return ["Point", *names], rows if names and study.get("folders") else []
 
 
 # Quality against cost -------------------------------------------------------------------------------------------------
@@ -239,19 +239,15 @@ def _scatter(lines: Sequence[Line], score: Score, cost: str) -> str:
 def _names(
     kept: Sequence[tuple[Line, float, float]], best: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis
 ) -> list[str]:
-    """Points on the front by name, where there is room."""
-    found, taken = [], []
+    """Points on the front by name, beside all marks."""
+    taken = [(x_axis.at(x) - 6, y_axis.at(y) - 6, x_axis.at(x) + 6, y_axis.at(y) + 6) for _, x, y in kept]
+    found = []
     for each, x, y in kept:
-        if (x, y) not in best:
-            continue
-        label, at = short(each.point, 28), (x_axis.at(x), y_axis.at(y))
-        left = at[0] + 9 if at[0] + 9 + LETTER * len(label) < WIDTH - RIGHT else at[0] - 9 - LETTER * len(label)
-        box = (left, at[1] - 14, left + LETTER * len(label), at[1] + 6)
-        if all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken):
-            taken.append(box)
-            found.append(
-                text(left, at[1] - 5, label, "start", f' class="label" style="--c:{tone(each.row.framework)}"')
-            )
+        if (x, y) in best:
+            label = short(each.point, 28)
+            spot = place_label(label, x_axis.at(x), y_axis.at(y), taken, WIDTH - 2)
+            extra = f' class="label" style="--c:{tone(each.row.framework)}"'
+            found.append(text(*spot, label, "start", extra))
     return found
 
 
