@@ -29,6 +29,9 @@ test-slow: install ## checks that take longer
 test-faults: install ## kill, damage and fuzz at length
 	$(BIN)/python -m pytest -m faults
 
+test-browser: install ## the pages in a headless Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest -m browser -rs tests/test_browser.py
+
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +47,4 @@ bench: install ## overhead and memory against a bare PyTorch loop
 clean: ## remove what was built
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow test-faults lint format bench clean
+.PHONY: help install demo test test-slow test-faults test-browser lint format bench clean

@@ -313,7 +313,7 @@ class Launch:
 
 def timeless(tree: Any) -> Any:
     """Results without what no two runs share."""
-    gone = ("client_seconds", "server_seconds", "process_peak_bytes")
+    gone = ("client_seconds", "server_seconds", "round_seconds", "process_peak_bytes")
     if isinstance(tree, dict):
         return {key: timeless(value) for key, value in tree.items() if key not in gone}
     return [timeless(value) for value in tree] if isinstance(tree, list) else tree

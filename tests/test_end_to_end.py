@@ -21,15 +21,16 @@ from fedtrio.config import Config
 from fedtrio.config_file import load_config
 from fedtrio.frameworks import FRAMEWORKS
 from fedtrio.meter import Meter
+from fedtrio.report.folders import written_anew
 
 compare = partial(_compare, jobs=1)
 SMALL = ["data.max_train=120", "data.max_test=40", "data.max_public=24", "rounds=2", "threads=1"]
-NO_SECONDS = {"client_seconds", "server_seconds"}
+NO_SECONDS = {"client_seconds", "server_seconds", "round_seconds"}
 
 KEYS = {
     "framework", "seed", "accuracy", "loss", "rounds", "bytes_up", "bytes_down", "payload_up", "payload_down",
-    "client_flops", "client_seconds", "server_seconds", "client_peak_bytes", "messages", "client_accuracy", "adapter",
-    "curve",
+    "client_flops", "client_seconds", "server_seconds", "round_seconds", "client_peak_bytes", "messages",
+    "client_accuracy", "adapter", "curve",
 }  # fmt: skip
 
 
@@ -89,6 +90,8 @@ def test_results_have_every_key(results, place):
             assert point.keys() >= {"round", "accuracy", "bytes_up", "bytes_down", "client_flops"}
         last = entry["curve"][-1]
         assert all(last[key] == entry[key] for key in ("accuracy", "loss", "bytes_up", "bytes_down", "client_flops"))
+        assert all(last[key] == entry[key] for key in ("messages", "client_seconds", "server_seconds"))
+        assert entry["client_seconds"] + entry["server_seconds"] <= entry["round_seconds"] + 0.01  # one after the other
         assert 0 <= entry["accuracy"] <= 1 and (name == "local" or (entry["accuracy"] * 40).is_integer())
         assert math.isfinite(entry["loss"]) and entry["loss"] > 0
         flops = [point["client_flops"] for point in entry["curve"]]
@@ -100,6 +103,11 @@ def test_results_have_every_key(results, place):
     for name in ("fedllm", "kd", "split", "local"):
         assert sorted(site["name"] for site in runs[name]["sites"]) == sorted(names)
     assert len(runs["centralized"]["sites"]) == 1
+
+
+def test_the_report_can_be_written_anew(results, place):
+    path = place / "run" / "report.html"
+    assert written_anew(place / "run") == {path: path.read_text(encoding="utf-8")}
 
 
 def test_bytes_and_messages(results, place):

@@ -147,7 +147,7 @@ def test_the_run_folder_is_whole(run: Launch) -> None:
     folders = {"fedllm-0", "kd-0", "split-0"}
     assert names == {"config.yaml", "results.json", "report.html", "ledger.jsonl", "events.jsonl", "run_id", *folders}
     report = (run.out / "report.html").read_text(encoding="utf-8")
-    assert all(site in report for site in SITES)
+    assert all(site in report for site in SITES) and "As measured between these machines" in report
     assert not list(run.out.rglob("rounds"))  # no longer needed
     run_id = (run.out / "run_id").read_text()
     for site in SITES:

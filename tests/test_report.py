@@ -1,152 +1,23 @@
-"""The report, on results that are plainly made up: every number here is invented."""
+"""The report's tables and pages, on results that are plainly made up."""
 
 from __future__ import annotations
 
+import html
 import io
+import itertools
 import math
 import re
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
+from made_up import made_up
 from rich.console import Console
 
-from fedtrio.report import charts, tables, units
+from fedtrio.report import curves, tables, units, verdict
 from fedtrio.report.page import render
-
-FINALS = {"fedllm": 0.82, "kd": 0.70, "split": 0.76, "centralized": 0.86, "local": 0.58}
-COSTS = {  # bytes up, bytes down, operations of all sites in a round
-    "fedllm": (8e6, 8e6, 3e12),
-    "kd": (2e5, 2e5, 9e12),
-    "split": (9e7, 9e7, 8e11),
-    "centralized": (0, 0, 0),
-    "local": (0, 0, 3e12),
-}
-KINDS = {
-    "fedllm": [("up", "adapter", 1.0), ("down", "adapter", 1.0)],
-    "kd": [("up", "logits", 1.0), ("down", "logits", 1.0)],
-    "split": [
-        ("up", "activations", 0.95),
-        ("up", "labels", 0.01),
-        ("up", "adapter", 0.04),
-        ("down", "activation gradients", 0.96),
-        ("down", "adapter", 0.04),
-    ],
-}
-
-
-def made_up_run(framework, seed, names, rounds, final, causal):
-    up, down, flops = COSTS[framework]
-    curve = []
-    for number in range(1, rounds + 1):
-        value = 0.3 + (final - 0.3) * (1 - math.exp(-3 * number / rounds)) / (1 - math.exp(-3))
-        value += 0.004 * (seed - 1) * (1 + math.sin(number))
-        entry = {"round": number, "accuracy": value, "loss": 1.0}
-        entry |= {"bytes_up": up * number, "bytes_down": down * number, "client_flops": flops * number}
-        if framework == "local" and number < rounds:
-            entry["accuracy"] = None
-        if causal:
-            entry |= {"accuracy": None, "perplexity": None if entry["accuracy"] is None else 8 / value}
-        curve.append(entry)
-    last = curve[-1]
-    share = 1 / len(names)
-    sums = {"bytes_up": up * rounds, "bytes_down": down * rounds, "client_flops": flops * rounds}
-    sums |= {
-        "client_seconds": 40.0 * rounds,
-        "client_peak_bytes": 700 * 2**20,
-        "messages": 2 * rounds * len(names) * bool(up),
-    }
-    sites = [
-        {"name": name, "examples": 100, "accuracy": None, **{k: v * share for k, v in sums.items()}} for name in names
-    ]
-    kinds = []
-    for direction, kind, part in KINDS.get(framework, []):
-        size = part * sums[f"bytes_{direction}"]
-        kinds.append({"direction": direction, "kind": kind, "messages": 10, "bytes": size, "payload": 0.98 * size})
-    extra = {"perplexity": last["perplexity"]} if causal else {}
-    return {
-        "framework": framework,
-        "seed": seed,
-        "accuracy": None if causal else last["accuracy"],
-        "loss": 1.0,
-        "rounds": rounds,
-        **extra,
-        **sums,
-        "payload_up": sums["bytes_up"],
-        "payload_down": sums["bytes_down"],
-        "client_accuracy": {"mean": None if causal else final - 0.01, "min": None if causal else final - 0.1},
-        "adapter": f"{framework}-{seed}/adapter",
-        "adapter_sha256": "0123456789abcdef" * 4,
-        "sites": sites,
-        "kinds": kinds,
-        "how": {
-            "bytes": "measured",
-            "client_flops": "counted",
-            "client_seconds": "measured",
-            "client_peak_bytes": "modelled",
-        },
-        "curve": curve,
-    }
-
-
-def made_up(
-    labels=5,
-    sites=8,
-    seeds=(0, 1, 2),
-    rounds=10,
-    finals=FINALS,
-    task="classification",
-    test=2000,
-    prefix="site",
-):
-    """Results in the shape of results.json; all numbers invented."""
-    names = [f"{prefix}-{place:02}" for place in range(sites)]
-    words = [f"made_up_label_{place}" for place in range(labels)]
-    held = []
-    for place, name in enumerate(names):
-        counts = [max(0, (place * 13 + label * 29) % 47 - 20) for label in range(labels)]
-        total = sum(counts) if labels else 50 + 37 * place % 90
-        far = {"emd": 0.6 + 0.01 * place, "effective_labels": 0.4 * labels or None}
-        held.append({"name": name, "examples": total, "label_counts": counts, **far})
-    causal = task == "causal-lm"
-    return {
-        "schema_version": 1,
-        "config": {
-            "task": task,
-            "model": "made-up/tiny-model",
-            "data": {"train": "data/made-up-intents.csv"},
-            "clients": sites,
-            "participation": 1.0,
-            "partition": {"name": "dirichlet", "alpha": 0.3},
-            "rounds": rounds,
-            "seeds": list(seeds),
-            "frameworks": list(finals),
-            "train": {"batch_size": 16, "learning_rate": 0.0005, "local_epochs": 1},
-            "lora": {"rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]},
-            "fedllm": {"server_optimizer": "average"},
-            "kd": {"temperature": 2.0, "distill_epochs": 2},
-            "split": {"cut": 2, "variant": "sequential", "labels": "server"},
-        },
-        "environment": {
-            "fedtrio": "0.1.0",
-            "python": "3.11.2",
-            "torch": "2.6",
-            "device": "cpu",
-            "threads": 2,
-        },
-        "warnings": ["12 made-up texts were cut at 64 tokens."],
-        "data": {
-            "labels": words,
-            "train": 1000,
-            "test": test,
-            "public": 400,
-            "truncated": 12,
-            "partitions": [{"seed": seed, "sites": held} for seed in seeds],
-        },
-        "runs": [
-            made_up_run(name, seed, names, rounds, final, causal) for name, final in finals.items() for seed in seeds
-        ],
-    }
+from fedtrio.report.svg import Axis
 
 
 def printed(results, width, encoding="utf-8"):
@@ -181,37 +52,31 @@ def test_summary_by_hand():
     assert tables.deviation([1.0, 2.0, 3.0]) == pytest.approx(1.0)
 
 
-def test_margin_is_the_binomial_error_of_a_difference_with_one_seed():
-    results = made_up(finals={"fedllm": 0.8, "kd": 0.5}, seeds=(1,), test=400)
-    a, b = tables.summary(results)
-    assert tables.margin(results, a, b) == pytest.approx(2 * math.sqrt((0.8 * 0.2 + 0.5 * 0.5) / 400))
-
-
 def test_the_reading_names_a_winner_outside_the_spread():
-    first = tables.reading(made_up())[0]
-    assert first.startswith("FedLLM (82.") and "is ahead" in first
+    first = verdict.reading(made_up())[0]
+    assert first.startswith("FedLLM (82.") and "leads, 6.0 points better than Split-FedLLM" in first
 
 
 def test_the_next_command_outside_the_spread_is_unlike_sites_or_more_rounds():
     results = made_up()
-    assert tables.next_command(results) == 'fedtrio compare … --set "partition.alpha=0.1"'
+    assert verdict.next_command(results) == 'fedtrio compare … --set "partition.alpha=0.1"'
     results["config"]["partition"]["name"] = "iid"
-    assert tables.next_command(results) == 'fedtrio compare … --set "rounds=20"'
+    assert verdict.next_command(results) == 'fedtrio compare … --set "rounds=20"'
     assert "α" not in render(results)
 
 
 @pytest.mark.parametrize("seeds", [(1,), (0, 1, 2)])
 def test_the_reading_names_no_winner_inside_the_spread(seeds):
     close = made_up(finals={"fedllm": 0.81, "kd": 0.805, "split": 0.80}, seeds=seeds, test=400)
-    first = tables.reading(close)[0]
-    assert "too close to call" in first and "ahead" not in first
+    first = verdict.reading(close)[0]
+    assert "not separable" in first and "leads" not in first and "better" not in first
     assert f"{'one seed' if len(seeds) == 1 else '3 seeds'} and 400 test texts" in first
     wanted = {1: "seeds=[1,0,2]", 3: "seeds=[0,1,2,3,4]"}[len(seeds)]
-    assert wanted in tables.next_command(close)
+    assert wanted in verdict.next_command(close)
 
 
 def test_the_reading_says_who_is_cheap_and_how_the_yardsticks_stand():
-    text = " ".join(tables.reading(made_up()))
+    text = " ".join(verdict.reading(made_up()))
     assert "KD-FedLLM moves the fewest bytes" in text and "FedLLM moves 40× as much" in text
     assert "Split-FedLLM asks the least compute" in text and "FedLLM asks 3.8× as much" in text
     assert "Against training alone, the floor (58.0 %), all do better." in text
@@ -220,12 +85,12 @@ def test_the_reading_says_who_is_cheap_and_how_the_yardsticks_stand():
 
 def test_perplexity_with_one_seed_is_no_ranking():
     results = made_up(task="causal-lm", labels=0, seeds=(1,))
-    assert "no ranking" in tables.reading(results)[0]
+    assert "no ranking" in verdict.reading(results)[0]
 
 
 def test_lower_perplexity_wins():
-    first = tables.reading(made_up(task="causal-lm", labels=0))[0]
-    assert first.startswith("FedLLM (9.") and "is ahead" in first
+    first = verdict.reading(made_up(task="causal-lm", labels=0))[0]
+    assert first.startswith("FedLLM (9.") and "leads, 0.77 better than Split-FedLLM" in first
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
@@ -241,10 +106,29 @@ def test_the_page_is_small_and_fetches_nothing():
     results = made_up(labels=77, sites=64, rounds=100)
     results["data"]["labels"] = [f"a_rather_long_made_up_label_name_{place}" for place in range(77)]
     page = render(results)
-    assert len(page.encode()) < 300_000
-    assert "http" not in page and "<script" not in page and "@import" not in page and "url(" not in page
-    assert not re.search(r"\b(src|href)\s*=\s*[\"'](?!#)", page)
-    assert page.count("<svg") == 5 and page.count("<svg") == page.count("</svg>") == page.count('role="img"')
+    assert len(page.encode()) < 350_000
+    assert "https://" not in page and "@import" not in page and "url(" not in page and page.count("<script") == 2
+    assert set(re.findall(r"http://[^\"' ]*", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert not re.search(r"\b(src|href)\s*=\s*[\"'](?!#|data:,)", page)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy and html.unescape(policy[1]).startswith("default-src 'none'; style-src 'unsafe-inline'; script-src")
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+@pytest.mark.parametrize("sites", [3, 40])
+def test_every_chart_has_a_name_and_a_description(task, sites):
+    labels = 5 if task == "classification" else 0
+    page = render(made_up(task=task, labels=labels, sites=sites))
+    charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(charts) >= 10 and len(charts) == page.count("<svg") == page.count('role="img"')
+    names = set()
+    for chart in charts:
+        title, desc = re.search(r'aria-labelledby="(\S+) (\S+)"', chart).groups()
+        assert re.search(rf'<title id="{title}">[^<]{{8,}}</title><desc id="{desc}">[^<]{{8,}}</desc>', chart)
+        names.add(title)
+    assert len(names) == len(charts)
+    shown = re.findall(r"<(?:input|pre)\b[^>]*", page) + re.findall(r'<div class="scroll[^>]*', page)
+    assert all("tabindex" in tag or "type=" in tag for tag in shown)  # what scrolls can be reached by key
 
 
 def test_hostile_names_are_words_only():
@@ -259,8 +143,26 @@ def test_hostile_names_are_words_only():
             kind["kind"] = evil
     results["runs"].append(results["runs"][0] | {"framework": evil})
     page = render(results)
-    assert "<script" not in page and '"onload="' not in page
-    assert "&lt;script&gt;" in page and "and 10 more" in page
+    assert page.count("<script") == 2 and "alert(" not in html.unescape(page).split("<script>")[-1]
+    assert '"onload="' not in page and "&lt;script&gt;" in page and "and 10 more" in page
+
+
+def test_endless_and_turned_names() -> None:
+    results = made_up(prefix="x" * 10_000, sites=30)
+    results["data"]["labels"] = ["\u202e" + "y" * 10_000, "\x1b[31m\x00", "z\u2066", "\ud800", "ok"]
+    results["warnings"] = ["w" * 100_000]
+    page = render(results)
+    assert len(page.encode()) < 300_000 and "x" * 201 not in page
+    assert not re.search("[\x00\x1b\u202e\u2066\ud800]", page) and "\ufffd[31m\ufffd" in page
+
+
+def test_a_thousand_sites_stay_small_and_readable() -> None:
+    results = made_up(labels=77, sites=1000, rounds=100, seeds=(0, 1, 2, 3, 4))
+    page = render(results)
+    assert len(page.encode()) < 500_000
+    assert "1,000 of 1,000 with FedLLM" in page or "of 1,000 with FedLLM" in page
+    assert page.count("<tr") < 400  # no list of a thousand
+    assert ">1–25</text>" in page and ">976–1000</text>" in page  # forty groups of sites alike
 
 
 def test_a_page_for_language_models_speaks_of_perplexity():
@@ -278,12 +180,12 @@ def test_missing_values_break_nothing():
         if run["framework"] == "kd":
             run["accuracy"] = float("nan")
             run["curve"][-1]["accuracy"] = float("inf")
-    assert "KD-FedLLM ended without a finite accuracy." in tables.reading(results)
+    assert "KD-FedLLM ended without a finite accuracy." in verdict.reading(results)
     assert "NaN" not in render(results) and ">nan" not in render(results)
     assert printed(results, 40)
     empty = made_up() | {"runs": []}
-    assert tables.reading(empty) == ["No run has finished yet."] and "No run has finished" in render(empty)
-    assert printed(empty, 40) and tables.next_command(empty)
+    assert verdict.reading(empty) == ["No run has finished yet."] and "No run has finished" in render(empty)
+    assert printed(empty, 40) and verdict.next_command(empty)
 
 
 def test_one_round_one_site_one_framework():
@@ -292,15 +194,15 @@ def test_one_round_one_site_one_framework():
 
 
 def test_a_curve_is_the_mean_of_the_seeds():
-    points = charts.series(made_up(rounds=3), "fedllm", "bytes")
+    points = curves.series(made_up(rounds=3), "fedllm", "bytes")
     assert [point.round for point in points] == [1, 2, 3]
     assert points[0].x == 16e6 / 8 and points[0].low < points[0].y < points[0].high
-    assert charts.series(made_up(), "centralized", "bytes") == []
+    assert curves.series(made_up(), "centralized", "bytes") == []
 
 
 @pytest.mark.parametrize("low, high", [(0.4, 0.9), (0.801, 0.802), (0, 1)])
 def test_ticks_are_few_and_inside(low, high):
-    marks = charts.Axis(low, high, 0, 100).ticks()
+    marks = Axis(low, high, 0, 100).ticks()
     assert 2 <= len(marks) <= 7 and all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)
 
 
@@ -321,13 +223,73 @@ def test_refused_answers_and_silent_sites_are_named() -> None:
 
 def test_what_averaging_lost_and_own_models() -> None:
     results = made_up()
-    assert tables.asides(results) == []
+    assert verdict.asides(results) == []
     for run in results["runs"]:
         if run["framework"] == "fedllm":
             for entry in run["curve"]:
                 entry["aggregation_error"] = 0.25 / entry["round"]
             run["adapters"], run["client_accuracy"] = {"a": "x"}, {"mean": 0.8, "min": 0.5, "p10": 0.55, "jain": 0.97}
-    error, own = tables.asides(results)
+    error, own = verdict.asides(results)
     assert "missed the exact mean of the sites’ updates by 2.5 % of its norm in the last round, by 25.0 %" in error
     assert "accuracy 80.0 % in the mean and 55.0 % at the 10th percentile of sites; Jain’s index 0.970" in own
     assert error in render(results)
+
+
+# Colours --------------------------------------------------------------------------------------------------------------
+
+STYLE = (files("fedtrio.report") / "style.css.j2").read_text(encoding="utf-8")
+PALETTES = {
+    name: dict(re.findall(r"--([a-z]+): (#[0-9a-f]+)", block))
+    for name, block in zip(("light", "dark", "print"), re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL), strict=True)
+}
+NAMES = ("fedllm", "kd", "split", "centralized", "local", "other")
+
+
+def linear(colour: str) -> list[float]:
+    """Red, green, blue of a colour as light, from 0 to 1 (sRGB, IEC 61966-2-1)."""
+    digits = "".join(2 * digit for digit in colour[1:]) if len(colour) == 4 else colour[1:]
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def contrast(one: str, other: str) -> float:
+    """The ratio of WCAG 2.2."""
+    low, high = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in map(linear, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_ratio_of_contrast() -> None:
+    assert contrast("#fff", "#000") == pytest.approx(21) and contrast("#777777", "#fff") == pytest.approx(
+        4.48, abs=0.01
+    )
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_all_words_pass_aa(name: str) -> None:
+    palette = PALETTES[name]
+    for ground in ("bg", "panel"):
+        for colour in ("ink", "muted", *NAMES):
+            assert contrast(palette[colour], palette[ground]) >= 4.5, (colour, ground)
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_the_colour_blind_can_tell_the_frameworks(name: str) -> None:
+    """Machado, Oliveira, Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency", 2009."""
+    deficiencies = {
+        "protan": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+        "deutan": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+        "tritan": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+    }
+    for rows in deficiencies.values():
+        seen = []
+        for framework in ("fedllm", "kd", "split"):
+            light = linear(PALETTES[name][framework])
+            red, green, blue = (max(0.0, sum(map(math.prod, zip(row, light, strict=True)))) for row in rows)
+            x, y, z = (
+                (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505,
+                0.2126 * red + 0.7152 * green + 0.0722 * blue,
+                (0.0193 * red + 0.1192 * green + 0.9505 * blue) / 1.089,
+            )
+            x, y, z = (part ** (1 / 3) if part > 0.008856 else 7.787 * part + 16 / 116 for part in (x, y, z))
+            seen.append((116 * y - 16, 500 * (x - y), 200 * (y - z)))
+        assert all(math.dist(a, b) > 15 for a, b in itertools.combinations(seen, 2))  # CIE 1976; 2.3 is just noticed

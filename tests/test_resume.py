@@ -37,7 +37,7 @@ def told(folder: Path) -> tuple[list[Any], str]:
 
     def timeless(tree: Any) -> Any:
         if isinstance(tree, dict):
-            gone = ("client_seconds", "server_seconds", "process_peak_bytes")
+            gone = ("client_seconds", "server_seconds", "round_seconds", "process_peak_bytes")
             return {key: timeless(value) for key, value in tree.items() if key not in gone}
         return [timeless(value) for value in tree] if isinstance(tree, list) else tree
 

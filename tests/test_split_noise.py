@@ -16,7 +16,7 @@ from fedtrio.ledger import Ledger
 from fedtrio.message import Reply, decode
 from fedtrio.models.train import task_loss
 from fedtrio.remote import Host
-from fedtrio.report.page import left_sites
+from fedtrio.report.traffic import left_sites
 from fedtrio.result import costs
 
 U_SHAPE = "activation gradients, activations, adapter"

@@ -13,7 +13,9 @@ import pytest
 from fedtrio import sweep as module
 from fedtrio.compare import compare
 from fedtrio.errors import ConfigError
-from fedtrio.report.study import columns, csv_text, front, latex, markdown, render
+from fedtrio.report.curves import front
+from fedtrio.report.folders import together, written_anew
+from fedtrio.report.study import columns, csv_text, latex, markdown, render
 from fedtrio.sweep import Study, load_study, sweep
 
 SMALL = "data.max_train: 60, data.max_test: 20, data.max_public: 8, rounds: 1, seeds: [0, 1], threads: 1"
@@ -80,7 +82,18 @@ def test_a_study_is_its_comparisons(whole: tuple[Path, Path, dict[str, Any]], tm
     assert [point["name"] for point in found["points"]] == ["plain", "int8"] and found["varied"] == ["wire.up"]
     assert hashes(found["points"][1]["runs"]) == hashes(alone) != hashes(found["points"][0]["runs"])
     assert json.loads((out / "study.json").read_text()) == found
-    assert (out / "int8" / "report.html").is_file() and (out / "report.html").read_text().count("<svg") == 2
+    assert (out / "int8" / "report.html").is_file() and (out / "report.html").read_text().count("<svg") == 3
+
+
+def test_the_pages_of_a_study_can_be_written_anew(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, _ = whole
+    again = written_anew(out)
+    assert {str(path.relative_to(out)) for path in again} == {
+        "report.html", "table.csv", "table.tex", "plain/report.html", "int8/report.html"
+    }  # fmt: skip
+    assert all(path.read_text(encoding="utf-8") == text for path, text in again.items())
+    page = together([out, out / "plain"])
+    assert "out/int8" in page and "out/plain" in page and "wire.up" in page
 
 
 def test_the_table_says_what_the_runs_say(whole: tuple[Path, Path, dict[str, Any]]) -> None:

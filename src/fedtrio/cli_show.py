@@ -57,7 +57,8 @@ def show(results: dict[str, Any], out: Path, console: Console, as_json: bool) ->
             text = json.dumps(results)
         typer.echo(text)
         return
-    from .report.tables import next_command, plain, print_table, reading
+    from .report.tables import plain, print_table
+    from .report.verdict import next_command, reading
 
     console.print()
     print_table(results, console)

@@ -14,7 +14,7 @@ from .ledger import Ledger
 from .models.train import Adapter
 
 Efforts = Mapping[str, Mapping[str, Any]]  # what each site says of itself: flops, seconds, peak_bytes
-HOW = dict.fromkeys(("bytes", "client_seconds", "server_seconds"), "measured")
+HOW = dict.fromkeys(("bytes", "client_seconds", "server_seconds", "round_seconds"), "measured")
 HOW |= {"client_flops": "counted", "client_peak_bytes": "modelled"}
 # process_peak_bytes, measured, stands beside a site that had a process of its own
 
@@ -33,12 +33,14 @@ def mean_of(scores: Sequence[Scores]) -> Scores:
     return Scores(accuracy, math.fsum(s.loss for s in scores) / len(scores), scores[0].counted)
 
 
-def spent(method: Framework, ledger: Ledger, efforts: Efforts) -> dict[str, int]:
-    """Bytes as frames and client FLOPs so far."""
+def spent(method: Framework, ledger: Ledger, efforts: Efforts) -> dict[str, int | float]:
+    """Bytes as frames, messages, and FLOPs and seconds of all sites, so far."""
     return {
         "bytes_up": _counted(method, ledger, "bytes", direction="up"),
         "bytes_down": _counted(method, ledger, "bytes", direction="down"),
+        "messages": _counted(method, ledger, "messages"),
         "client_flops": sum(int(effort["flops"]) for effort in efforts.values()),
+        "client_seconds": round(sum(float(effort["seconds"]) for effort in efforts.values()), 3),
     }
 
 
@@ -60,8 +62,6 @@ def costs(
         **spent(method, ledger, efforts),
         "payload_up": _counted(method, ledger, "payload", direction="up"),
         "payload_down": _counted(method, ledger, "payload", direction="down"),
-        "messages": _counted(method, ledger, "messages"),
-        "client_seconds": round(sum(float(effort["seconds"]) for effort in efforts.values()), 3),
         "client_peak_bytes": max((int(effort["peak_bytes"]) for effort in efforts.values()), default=0),
         "client_accuracy": spread(known),
         "sites": [

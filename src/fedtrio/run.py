@@ -56,7 +56,9 @@ def run(
     for entry in done.curve:
         on_round(framework, seed, entry)
     for lab.round in range(done.round + 1, config.rounds + 1):
+        start = time.perf_counter()
         lost = _round(bench, method, lab, wire, done, name)
+        done.round_seconds += time.perf_counter() - start
         adapter = method.adapter(lab, done.state)
         scores = bench.evaluate(lab, adapter) if adapter is not None else None
         if config.deadline is not None:  # the round's may have passed, and questions come after it
@@ -64,6 +66,7 @@ def run(
         done.efforts |= ask(wire, ACCOUNT, sorted(set(wire.sites) - set(lost)), lab.round)
         told = {name: float(value) for name, value in done.state.get("diagnostics", {}).items()}
         counted = spent(method, done.ledger, done.efforts)
+        counted["server_seconds"] = round(done.server_seconds, 3)
         done.commit(lab.round, {**shown(scores, config.task), **counted, **told})
         if lab.round < config.rounds or adapter is not None:
             on_round(framework, seed, done.curve[-1])
@@ -138,7 +141,8 @@ def _entry(
     result = {"framework": framework, "seed": lab.seed, "rounds": rounds, **reached}
     accounts = {site: {**done.efforts[site], **of_sites.get(site, {})} for site in examples}
     result |= costs(method, examples, accuracies, done.ledger, accounts)
-    result |= {"server_seconds": round(done.server_seconds, 3), "curve": done.curve, "events": done.events}
+    result |= {name: round(getattr(done, name), 3) for name in ("server_seconds", "round_seconds")}
+    result |= {"curve": done.curve, "events": done.events}
     if out is not None:
         shipped = method.shipped(lab, done.state) if adapter is not None else None
         result |= save(lab, shipped, list(examples), out, name)
@@ -179,6 +183,7 @@ class Progress:
     events: list[dict[str, Any]] = field(default_factory=list)  # answers refused, sites lost
     efforts: dict[str, Any] = field(default_factory=dict)  # what each site last said that it had spent
     server_seconds: float = 0.0
+    round_seconds: float = 0.0  # from the first message of a round to its last
     folder: Path | None = None
 
     @classmethod
@@ -195,6 +200,7 @@ class Progress:
             start.ledger.restore(facts["ledger"])
             start.curve, start.events, start.efforts = facts["curve"], facts["events"], facts["efforts"]
             start.server_seconds = facts["server_seconds"]
+            start.round_seconds = facts.get("round_seconds", 0.0)
         return start
 
     def commit(self, round: int, entry: Mapping[str, Any]) -> None:
@@ -203,7 +209,8 @@ class Progress:
         self.curve.append({"round": round, **entry})
         if self.journal:
             counted = {"curve": self.curve, "events": self.events, "efforts": self.efforts}
-            counted |= {"server_seconds": self.server_seconds, "ledger": self.ledger.saved()}
+            counted |= {"server_seconds": self.server_seconds, "round_seconds": self.round_seconds}
+            counted["ledger"] = self.ledger.saved()
             self.journal.commit(round, self.state, counted)
 
     def timed(self, program: ServerProgram) -> ServerProgram:

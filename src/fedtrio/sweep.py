@@ -90,8 +90,9 @@ def sweep(
     on_point: OnPoint = lambda name, done, of, runs: None,
     over: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run a study file's points into `out`, each into a folder of its own; {"points": [{"name", "settings", "runs"}]}.
+    """Run a study file's points into `out`, each into a folder of its own.
 
+    Gives {"study", "varied", "points": [{"name", "settings", "config", "runs"}]}, which `study.json` holds too.
     `over` are settings `key=value` that stand above those of the file.
     `jobs` points at a time (None: as the cores allow), each in a process of its own. Points that are finished are not
     run again, one that was broken off goes on. `study.json`, `table.csv`, `table.tex` and `report.html` are written
@@ -108,7 +109,11 @@ def sweep(
     settings = study.all_points()
 
     def found() -> dict[str, Any]:
-        points = [{"name": n, "settings": settings[n], "runs": runs} for n, runs in done.items() if runs is not None]
+        points = [
+            {"name": n, "settings": settings[n], "config": configs[n].model_dump(mode="json"), "runs": runs}
+            for n, runs in done.items()
+            if runs is not None
+        ]
         return {"study": path.stem, "varied": _varied(settings), "points": points}
 
     for name, runs in _results(todo, jobs):
@@ -157,12 +162,11 @@ def _finished(config: Config, folder: Path) -> list[dict[str, Any]] | None:
 
 
 def _write(found: Mapping[str, Any], out: Path) -> None:
-    from .report.study import csv_text, latex, render
+    from .report.study import pages
 
     write_whole(out / "study.json", (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
-    write_whole(out / "table.csv", csv_text(found).encode())
-    write_whole(out / "table.tex", latex(found).encode())
-    write_whole(out / "report.html", render(found).encode())
+    for name, text in pages(found).items():
+        write_whole(out / name, text.encode())
 
 
 def _varied(settings: Mapping[str, Settings]) -> list[str]:

@@ -2,108 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedtrio.report import charts
-from fedtrio.report.svg import printable
+from fedtrio.report import curves, forest, holdings, link, sites, traffic
+from fedtrio.report.svg import printable, short, tone
 from fedtrio.report.tables import (
     SKEWED,
-    TITLES,
+    YARDSTICKS,
     Results,
-    asides,
     cells,
     frameworks_of,
-    next_command,
-    reading,
     score_of,
     sites_of,
     summary,
+    title_of,
 )
-from fedtrio.report.units import bytes_text, count_text, percent_text
+from fedtrio.report.units import bytes_text, count_text, factor_text, flops_text, names_text, seconds_text
+from fedtrio.report.verdict import asides, difference, interval, leaders, next_command, quality
 
 QUANTITIES = {
     "bytes": "Bytes on the wire",
     "client_flops": "Operations of a site",
     "client_seconds": "Time of a site",
+    "server_seconds": "Time of the server",
     "client_peak_bytes": "Peak memory of a site",
 }
-REVEALS = {
-    "fedllm": "Adapter parameters, trained on the site's texts. Texts and labels stay; a reader of the "
-    "parameters may still infer traces of what they were trained on.",
-    "kd": "Predictions (logits) on the shared public texts. The site's own texts, labels and parameters stay.",
-    "centralized": "The raw texts and labels themselves: all data would have to move to one place. "
-    "This yardstick does not count those bytes.",
-    "local": "Nothing. Each site trains for itself.",
-}
-SPLIT = (
-    "Activations of every training text at the cut, batch by batch, and the site's part of the adapter. {} "
-    "Activations of early blocks can be close to the text itself."
-)
-LABELS = {
-    "server": "Labels go to the server too.",
-    "text": "Labels go to the server too, and here the labels are the text itself.",
-    "client": "Labels and head stay at the site.",
-}
+LONGEST = 200  # letters of a name that are shown
+SETTINGS, EVENTS = 300, 20  # rows at most
 
 
-def _reveals(results: Results, framework: str) -> str:
-    if framework == "split":
-        labels = (results["config"].get("split") or {}).get("labels")
-        causal = results["config"].get("task") == "causal-lm"
-        return SPLIT.format(LABELS["client" if labels == "client" else "text" if causal else "server"])
-    if framework == "kd" and results["config"].get("kd", {}).get("protocol") == "feddf":
-        framework = "fedllm"  # adapters go up, and logits stay at the server
-    return REVEALS.get(framework, "See the kinds of message.")
+@dataclass(frozen=True)
+class Card:
+    """One respect in which frameworks differ: which is best, its number, and how the others stand."""
+
+    head: str
+    framework: str
+    value: str
+    note: str
 
 
-def leaves(results: Results) -> list[dict[str, Any]]:
-    """What goes up from all sites in one run of each framework, kind by kind, means over the seeds."""
-    blocks = []
-    for framework in frameworks_of(results):
-        runs = [run for run in results["runs"] if run["framework"] == framework]
-        sums: dict[str, list[float]] = {}
-        for kind in (kind for run in runs for kind in run.get("kinds") or [] if kind["direction"] == "up"):
-            entry = sums.setdefault(kind["kind"], [0.0, 0.0, 0.0])
-            for place, key in enumerate(("messages", "bytes", "payload")):
-                entry[place] += (kind.get(key) or 0) / len(runs)
-        total = sum(size for _, size, _ in sums.values())
-        kinds = [
-            {
-                "kind": name,
-                "messages": count_text(messages),
-                "bytes": bytes_text(size),
-                "share": percent_text(size / total) if total else "–",
-                "payload": percent_text(payload / size) if size else "–",
-            }
-            for name, (messages, size, payload) in sorted(sums.items(), key=lambda item: -item[1][1])
-        ]
-        blocks.append({"framework": framework, "reveals": _reveals(results, framework), "kinds": kinds})
-    return blocks
+def _best(head: str, costs: dict[str, float], value: Callable[[float], str]) -> list[Card]:
+    """The card of a cost: the least, and how many times as much the others take."""
+    ranked = sorted((cost, name) for name, cost in costs.items() if cost > 0)
+    if not ranked:
+        return []
+    low, best = ranked[0]
+    others = names_text(f"{title_of(name)} {factor_text(cost / low)}×" for cost, name in ranked[1:])
+    return [Card(head, best, value(low), _unbroken(others))]
 
 
-def left_sites(results: Results) -> list[dict[str, str]]:
-    """What left the sites in the runs of each framework, what came to them, and what was done to it before it left.
-
-    From the kinds of message that hold tensors, as the ledger has them: `activations and labels` are both.
-    """
-    rows = []
-    for framework in frameworks_of(results):
-        kinds = [kind for run in results["runs"] if run["framework"] == framework for kind in run.get("kinds") or []]
-        full = {way: [k["kind"] for k in kinds if k["direction"] == way and k["payload"]] for way in ("up", "down")}
-        ways = {way: sorted({part for kind in found for part in kind.split(" and ")}) for way, found in full.items()}
-        settings = (results["config"].get("split") or {}) if framework == "split" else {}
-        shield = f"clipped to norm {settings['clip']:g}" if settings.get("clip") else ""
-        shield += f", noise of {settings['noise']:g} times that" if settings.get("noise") else ""
-        words = {way: ", ".join(parts) or "nothing" for way, parts in ways.items()}
-        if framework == "centralized":
-            words["up"] = "labels, texts"  # as if, for it sends nothing here
-        rows.append({"framework": framework, **words, "shield": shield or "nothing"})
-    return rows
+def cards(results: Results) -> list[Card]:
+    """The verdict at a glance: the best score with its interval, and the least of each cost."""
+    score, rows = score_of(results), [row for row in summary(results) if row.framework not in YARDSTICKS]
+    found, best = [], leaders(results)
+    if best:
+        ends = interval(results, best[0])
+        note = f"95 % interval {score.text(ends[0], False)} to {score.text(ends[1])}" if ends else "interval unknown"
+        pairs = [(row, difference(results, best[0], row)) for row in best[1:]]
+        for same, words in ((True, "the same adapter as"), (False, "not separable from")):
+            of = [row.title for row, pair in pairs if (pair is not None and pair.same) == same]
+            note += f"; {words} {names_text(of)}" if of else ""
+        found.append(Card(score.name, best[0].framework, score.text(best[0].score), _unbroken(note)))
+    line, lasts = link.DEFAULT, {name: link.breakdown(runs)[-1] for name, runs in link.timed(results).items()}
+    found += _best("Traffic of a site", {row.framework: row.bytes_per_site for row in rows}, bytes_text)
+    found += _best("Compute of a site", {row.framework: row.flops_per_site for row in rows}, flops_text)
+    return found + _best(f"Time over {line.rate:g} Mbit/s, {line.trip:g} ms", lasts, seconds_text)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -156,7 +128,7 @@ def _spread(results: Results) -> str:
     if not sites:
         return ""
     sizes = [site["examples"] for site in sites]
-    line = f"{len(sites)} sites hold {count_text(min(sizes))} to {count_text(max(sizes))} examples"
+    line = f"{count_text(len(sites))} sites hold {count_text(min(sizes))} to {count_text(max(sizes))} examples"
     labels = [site["effective_labels"] for site in sites if site.get("effective_labels") is not None]
     far = [site["emd"] for site in sites if site.get("emd") is not None]
     if not results["data"].get("labels"):
@@ -166,6 +138,8 @@ def _spread(results: Results) -> str:
     if far:
         line += f"; distance of a site's labels from the whole (EMD) {min(far):.2f} to {max(far):.2f}"
     seed = results["data"]["partitions"][0].get("seed")
+    if labels and len(sites) > holdings.SITES:
+        line += ". Each row stands for sites in order of the label that they hold most of, and shows their mean"
     return f"{line}. Shown: seed {seed}."
 
 
@@ -194,31 +168,52 @@ def _context(results: Results) -> dict[str, Any]:
     config, score = results["config"], score_of(results)
     model, source = str(config.get("model", "model")), (config.get("data") or {}).get("train")
     data = "the demo data" if source is None else _last(str(source)).removesuffix(".jsonl").removesuffix(".csv")
-    warnings = [str(warning) for warning in results.get("warnings") or []] + list(_events(results))
+    warnings, events, settings = [*map(str, results.get("warnings") or [])], [*_events(results)], flat(config)
+    gained, slider = sites.gains(results), curves.slider(results)
     return {
         "title": f"{_last(model)} on {data}",
         "facts": facts(results),
-        "reading": [line.replace("-FedLLM", "\u2011FedLLM") for line in reading(results)],  # no break inside
+        "answer": [_unbroken(line) for line in quality(results)],
+        "cards": cards(results),
         "command": next_command(results),
         "score": score,
+        "scores": Markup(forest.scores(results)),
         "table": _table(results),
         "asides": asides(results),
-        "titles": TITLES,
-        "quality": [(x, Markup(charts.quality(results, x))) for x in ("round", "bytes", "flops")],
-        "traffic": Markup(charts.traffic(results)),
-        "leaves": leaves(results),
-        "left": left_sites(results),
-        "heatmap": Markup(charts.heatmap(results)),
-        "holdings": Markup(charts.holdings(results)),
+        "pairs": (Markup(forest.pairs(results)), forest.table(results)),
+        "quality": [(x, Markup(curves.quality(results, x)), curves.numbers(results, x)) for x in curves.AXES],
+        "slider": slider,
+        "default": link.DEFAULT,
+        "times": {name: link.breakdown(runs) for name, runs in link.timed(results).items()},
+        "clock": seconds_text,
+        "waiting": [(name, Markup(chart)) for name, chart in sites.waiting(results)],
+        "waiting_table": sites.waiting_table(results),
+        "measured": sites.measured(results),
+        "gained": _unbroken(sites.verdict(gained)),
+        "gains": (Markup(sites.gains_chart(gained)), sites.table(gained)),
+        "many": max((sites_of(results, run) for run in results["runs"]), default=0) > sites.EACH,
+        "traffic": (Markup(traffic.traffic(results)), traffic.table(results)),
+        "leaves": traffic.leaves(results),
+        "left": traffic.left_sites(results),
+        "heatmap": (Markup(holdings.heatmap(results)), holdings.table(results)),
+        "sizes": Markup(holdings.sizes(results)),
         "spread": _spread(results),
-        "settings": flat(config),
-        "warnings": warnings[:20],
-        "more_warnings": max(0, len(warnings) - 20),
+        "settings": settings[:SETTINGS],
+        "more_settings": max(0, len(settings) - SETTINGS),
+        "warnings": warnings[:EVENTS],
+        "more_warnings": max(0, len(warnings) - EVENTS),
+        "events": events[:EVENTS],
+        "more_events": max(0, len(events) - EVENTS),
         "environment": flat(results.get("environment") or {}),
         "runs": results["runs"],
         "names": frameworks_of(results),
         "how": _how(results),
     }
+
+
+def _unbroken(words: str) -> str:
+    """No line ends inside a framework's name."""
+    return words.replace("-FedLLM", "\u2011FedLLM")
 
 
 def render(results: Results) -> str:
@@ -227,16 +222,39 @@ def render(results: Results) -> str:
 
 
 def filled(template: str, context: dict[str, Any]) -> str:
-    """One of this package's templates with what it shows."""
-    loader = FunctionLoader(lambda name: files("fedtrio.report").joinpath(name).read_text(encoding="utf-8"))
+    """One of this package's templates with what it shows.
+
+    The page's own policy lets nothing be fetched, and no script run but ours, which it knows by its hash.
+    """
+
+    script = _read("link.js") if context.get("slider") else ""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'"
+    )
+    return (
+        _templates()
+        .get_template(template)
+        .render({**context, "policy": f"{policy}; form-action 'none'", "script": Markup(script)})
+    )
+
+
+def _read(name: str) -> str:
+    return files("fedtrio.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _templates() -> Environment:
     options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return Environment(loader=loader, **options).get_template(template).render(context)
+    environment = Environment(loader=FunctionLoader(_read), **options)
+    environment.filters |= {"title_of": title_of, "tone": tone}
+    return environment
 
 
 def all_printable(value: Any) -> Any:
-    """The same results, in whose names nothing but letters and white space is left."""
+    """The same results, in whose names nothing but letters and white space is left, and none of them is endless."""
     if isinstance(value, dict):
         return {all_printable(key): all_printable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [all_printable(inner) for inner in value]
-    return printable(value) if isinstance(value, str) else value
+    return short(printable(value), LONGEST) if isinstance(value, str) else value

@@ -12,14 +12,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedtrio.report.charts import HEIGHT, RIGHT, WIDTH, grid, marker, x_axis_of, y_axis_of
+from fedtrio.report import link
+from fedtrio.report.curves import AXES, front, grid, marker, place_label, steps, x_axis_of, y_axis_of
 from fedtrio.report.page import all_printable, filled
-from fedtrio.report.svg import LETTER, Axis, short, svg, text, tone
-from fedtrio.report.tables import TITLES, YARDSTICKS, Row, Score, score_of, summary
+from fedtrio.report.svg import HEIGHT, RIGHT, WIDTH, Axis, short, svg, text, tone
+from fedtrio.report.tables import YARDSTICKS, Grid, Row, Score, score_of, summary
 from fedtrio.report.units import bytes_text, finite, flops_text, mean, memory_text, percent_text, seconds_text
+from fedtrio.report.verdict import paired
 
 Study = Mapping[str, Any]
 KNOWN = {"round", "accuracy", "loss", "perplexity", "bytes_up", "bytes_down", "client_flops"}  # in a curve's entries
+KNOWN |= {"messages", "client_seconds", "server_seconds"}
+KEYS = 30  # settings that differ, shown at most
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,18 @@ class Line:
     settings: Mapping[str, Any]
     row: Row
     server_seconds: float | None
+    lasts: float  # seconds over the default line
+    scores: dict[int, float]  # by seed
+    tests: int  # test texts, 0 where unknown
     more: dict[str, float] = field(default_factory=dict)  # what else the last round told, as aggregation_error
 
 
 def lines_of(study: Study) -> list[Line]:
     """All lines, in the order of the points and of their frameworks."""
-    found = []
+    found, key = [], _score(study).key
     for point in study["points"]:
-        results = {"config": {"task": _task(study)}, "runs": point["runs"]}
+        results = {"config": {**point.get("config", {}), "task": _task(study)}, "runs": point["runs"]}
+        timed = link.timed(results)
         for row in summary(results):
             runs = [run for run in point["runs"] if run["framework"] == row.framework]
             last = [run["curve"][-1] for run in runs if run.get("curve")]
@@ -45,7 +53,10 @@ def lines_of(study: Study) -> list[Line]:
             told = {name: mean(entry.get(name) for entry in last) for name in names}
             more = {name: value for name, value in told.items() if value is not None}
             seconds = mean(run.get("server_seconds") for run in runs)
-            found.append(Line(point["name"], point["settings"], row, seconds, more))
+            lasts = link.breakdown(timed[row.framework])[-1] if row.framework in timed else 0.0
+            scores = {r["seed"]: score for r in runs if (score := finite(r.get(key))) is not None}
+            tests = (point.get("tests") or 0) if key == "accuracy" else 0
+            found.append(Line(point["name"], point["settings"], row, seconds, lasts, scores, tests, more))
     return found
 
 
@@ -122,6 +133,11 @@ def markdown(study: Study) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells) + "\n"
 
 
+def pages(study: Study) -> dict[str, str]:
+    """What stands beside `study.json`, by file name."""
+    return {"table.csv": csv_text(study), "table.tex": latex(study), "report.html": render(study)}
+
+
 def render(study: Study) -> str:
     """The study's page as one string of HTML."""
     study = all_printable(study)
@@ -129,76 +145,109 @@ def render(study: Study) -> str:
     lines = lines_of(study)
     shown = [(name, Markup(_scatter(lines, _score(study), name))) for name in _COSTS]
     seeds = sum(len(point["runs"]) for point in study["points"])
-    context = {"title": study["study"], "heads": heads, "rows": [*zip(lines, rows, strict=True)], "titles": TITLES}
+    context = {"title": study["study"], "heads": heads, "rows": [*zip(lines, rows, strict=True)]}
+    context |= {"answer": answer(study), "notes": study.get("notes") or [], "differ": differ(study), "slider": None}
+    context["files"] = not study.get("folders")
     facts = [("Points", len(study["points"])), ("Runs", seeds), ("Varied", ", ".join(study["varied"]) or "nothing")]
     captions = {"bytes": "bytes of a site", "flops": "operations of a site"}
+    captions["seconds"] = f"time over {link.DEFAULT.rate:g} Mbit/s, {link.DEFAULT.trip:g} ms"
     return filled(
         "study.html.j2", context | {"facts": facts, "charts": shown, "captions": captions, "score": _score(study)}
     )
 
 
+# The answer -----------------------------------------------------------------------------------------------------------
+
+
+def answer(study: Study) -> list[str]:
+    """Which framework at which point leads, what is not separable from it, and which of that moves the fewest bytes."""
+    score = _score(study)
+    lines = [each for each in lines_of(study) if each.row.framework not in YARDSTICKS and each.row.score is not None]
+    if not lines:
+        return []
+    best = (max if score.higher_is_better else min)(lines, key=lambda each: each.row.score or 0.0)
+    others = [each for each in lines if each is not best]
+    found = [paired(best.scores, each.scores, min(best.tests, each.tests), score.higher_is_better) for each in others]
+    head = f"{best.row.title} at {best.point} ({score.text(best.row.score)})"
+    if not others:
+        return [f"{head} ran alone."]
+    if not any(pair and pair[1] is not None for pair in found):
+        return [f"{head} is the best; the spread is unknown, so this order is no ranking. More seeds would tell."]
+    level = [
+        each for each, pair in zip(others, found, strict=True) if pair is None or pair[1] is None or pair[0] <= pair[1]
+    ]
+    if not level:
+        return [f"{head} leads; all {len(others)} others are separably behind."]
+    verb = "is" if len(level) == 1 else "are"
+    told = [f"{head} is the best; {len(level)} of {len(others)} others {verb} not separable from it."]
+    cheap = min((each for each in [best, *level] if each.row.bytes_per_site), key=_bytes, default=best)
+    if cheap is not best:
+        told.append(
+            f"Of these {cheap.row.title} at {cheap.point} ({score.text(cheap.row.score)}) moves the fewest bytes: "
+            f"{bytes_text(_bytes(cheap))} per site against {bytes_text(_bytes(best))}."
+        )
+    return told
+
+
+def _bytes(line: Line) -> float:
+    return line.row.bytes_per_site
+
+
+def differ(study: Study) -> Grid:
+    """The settings that are not the same in all runs; at the points of a study their names say them."""
+    names = list(study["varied"])[:KEYS]
+    rows = [[p["name"], *(str(_plain(p["settings"].get(name, "–"))) for name in names)] for p in study["points"]]
+    return ["Point", *names], rows if names and study.get("folders") else []
+
+
 # Quality against cost -------------------------------------------------------------------------------------------------
 
-_COSTS: dict[str, tuple[Callable[[Row], float], Callable[[float], str]]] = {
-    "bytes": (lambda row: row.bytes_per_site, bytes_text),
-    "flops": (lambda row: row.flops_per_site, flops_text),
+_COSTS: dict[str, Callable[[Line], float]] = {
+    "bytes": _bytes,
+    "flops": lambda line: line.row.flops_per_site,
+    "seconds": lambda line: line.lasts,
 }
-
-
-def front(spots: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
-    """The (cost, quality) that no other one beats in both, cheapest first."""
-    best: list[tuple[float, float]] = []
-    sign = -1 if higher_is_better else 1
-    for cost, quality in sorted(spots, key=lambda spot: (spot[0], sign * spot[1])):
-        if not best or sign * quality < sign * best[-1][1]:
-            best.append((cost, quality))
-    return best
 
 
 def _scatter(lines: Sequence[Line], score: Score, cost: str) -> str:
     """One mark for each framework at each point, and the front as steps."""
-    of, write = _COSTS[cost]
-    marks = [(each, of(each.row), finite(each.row.score)) for each in lines if each.row.framework not in YARDSTICKS]
+    of, write = _COSTS[cost], AXES[cost].write
+    marks = [(each, of(each), finite(each.row.score)) for each in lines if each.row.framework not in YARDSTICKS]
     kept = [(each, x, y) for each, x, y in marks if x > 0 and y is not None]
     if not kept:
         return ""
     x_axis = x_axis_of(cost, [x for _, x, _ in kept], WIDTH - RIGHT)
     y_axis = y_axis_of(score, [y for *_, y in kept])
     body = [*grid(cost, x_axis, y_axis, score)]
-    steps = front([(x, y) for _, x, y in kept], score.higher_is_better)
-    outline = "".join(f"H{x_axis.at(x):.1f}V{y_axis.at(y):.1f}" for x, y in steps[1:])
-    start = f"M{x_axis.at(steps[0][0]):.1f} {y_axis.at(steps[0][1]):.1f}"
-    body.append(f'<path class="curve" style="--c:var(--strong)" d="{start}{outline}"/>')
+    best = front([(x, y) for _, x, y in kept], score.higher_is_better)
+    body.append(steps(best, x_axis, y_axis))
     for each, x, y in kept:
         told = escape(f"{each.point}, {each.row.title}: {score.text(y)}, {write(x)}")
         mark = marker(each.row.framework, x_axis.at(x), y_axis.at(y))
         body.append(f'<g style="--c:{tone(each.row.framework)}"><title>{told}</title>{mark}</g>')
-    body += _names(kept, steps, x_axis, y_axis)
+    body += _names(kept, best, x_axis, y_axis)
     return svg(
         f"study-{cost}",
-        f"{score.name} against {cost}",
-        "One mark for each framework at each point.",
+        f"{score.name} against {AXES[cost].title}",
+        "One mark for each framework at each point; the table holds the numbers. On the front: "
+        + "; ".join(f"{score.text(y)} at {write(x)}" for x, y in best[:20]),
         (WIDTH, HEIGHT),
         body,
     )
 
 
 def _names(
-    kept: Sequence[tuple[Line, float, float]], steps: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis
+    kept: Sequence[tuple[Line, float, float]], best: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis
 ) -> list[str]:
-    """Points on the front by name, where there is room."""
-    found, taken = [], []
+    """Points on the front by name, beside all marks."""
+    taken = [(x_axis.at(x) - 6, y_axis.at(y) - 6, x_axis.at(x) + 6, y_axis.at(y) + 6) for _, x, y in kept]
+    found = []
     for each, x, y in kept:
-        if (x, y) not in steps:
-            continue
-        label, at = short(each.point, 28), (x_axis.at(x), y_axis.at(y))
-        left = at[0] + 9 if at[0] + 9 + LETTER * len(label) < WIDTH - RIGHT else at[0] - 9 - LETTER * len(label)
-        box = (left, at[1] - 14, left + LETTER * len(label), at[1] + 6)
-        if all(box[2] < a or c < box[0] or box[3] < b or d < box[1] for a, b, c, d in taken):
-            taken.append(box)
-            found.append(
-                text(left, at[1] - 5, label, "start", f' class="label" style="--c:{tone(each.row.framework)}"')
-            )
+        if (x, y) in best:
+            label = short(each.point, 28)
+            spot = place_label(label, x_axis.at(x), y_axis.at(y), taken, WIDTH - 2)
+            extra = f' class="label" style="--c:{tone(each.row.framework)}"'
+            found.append(text(*spot, label, "start", extra))
     return found
 
 

@@ -10,12 +10,14 @@ from html import escape
 
 from fedtrio.report.tables import TITLES
 
-LETTER = 7.0  # mean width of a letter at the charts' 12.5 px, rather too wide than too narrow
+WIDTH, HEIGHT = 420, 300  # of a chart in half a page's width
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 16, 46
+LETTER = 7.0  # mean width of a letter at the charts' 12 px, rather too wide than too narrow
 
 
 # Control characters (but tab and line feed), halves of characters, and what turns the direction of writing
 _UNPRINTABLE = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb\ufffe\uffff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb\ufffe\uffff]"
 )
 
 

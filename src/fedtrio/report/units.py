@@ -40,10 +40,12 @@ def flops_text(count: float | None) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Seconds below two minutes, minutes below two hours, then hours."""
+    """Seconds below two minutes, minutes below two hours, hours below two days, then days."""
     if seconds is None or seconds < 120:
         return _scaled(seconds, ("s",), 1000)
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 172_800:
+        return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} d"
 
 
 def count_text(count: float | None) -> str:
