@@ -1,6 +1,6 @@
 """What the house costs beside a bare PyTorch loop: time of a round, memory of many sites, start of the command line.
 
-    python benchmarks/overhead.py [--repeats 7] [--threads 1] [--only time gpt2 memory help] [--json]
+    python benchmarks/overhead.py [--repeats 5] [--threads 1] [--only time gpt2 memory help] [--json]
 
 * **time**: one loopback round of FedLLM, and of Split-FedLLM (sflv1; cut 2 with labels at the server, the U-shape, and
   sites that cut before blocks 1, 2 and 3), over the time of a bare loop on an ordinary PEFT model: the same batches,
@@ -162,7 +162,7 @@ def measure_gpt2(threads: int, repeats: int) -> Iterator[Finding]:
         still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         transformers.GPT2Model(transformers.GPT2Config(**still)).save_pretrained(folder)
         few = ("data.max_train=48", "clients=3", "partition={name: iid}")
-        yield from ratios("GPT-2 small, ", threads, max(3, repeats // 2), f"model={folder}", *few)
+        yield from ratios("GPT-2 small, ", threads, repeats, f"model={folder}", *few)
 
 
 def ratios(model: str, threads: int, repeats: int, *changed: str) -> Iterator[Finding]:
@@ -259,7 +259,7 @@ def measure_help(repeats: int) -> Iterator[Finding]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="timed pairs, and starts of the command line")
+    parser.add_argument("--repeats", type=int, default=5, help="timed pairs, and starts of the command line")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--max-train", type=int, help="fewer training examples in the timed rounds (default: all)")
     every = ["help", "memory", "time", "gpt2"]
