@@ -1,12 +1,16 @@
 """What the house costs beside a bare PyTorch loop: time of a round, memory of many sites, start of the command line.
 
-    python benchmarks/overhead.py [--repeats 7] [--threads 1] [--only time memory help] [--json]
+    python benchmarks/overhead.py [--repeats 5] [--threads 1] [--only time gpt2 memory help] [--json]
 
 * **time**: one loopback round of FedLLM, and of Split-FedLLM (sflv1; cut 2 with labels at the server, the U-shape, and
   sites that cut before blocks 1, 2 and 3), over the time of a bare loop on an ordinary PEFT model: the same batches,
   precision, optimizer and averaging, nothing of fedtrio's. Pairs are interleaved; the median of their ratios counts.
   Evaluation is outside on both sides. The first round is not timed: in it the meter counts the FLOPs of each shape of
-  batch, once, and every measured round finds them counted.
+  batch, once, and every measured round finds them counted. CPU seconds count what the round itself took; on a machine
+  with other work they are the ones to read.
+* **gpt2**: the same for a model of the size that is fine-tuned in earnest: GPT-2 small's configuration (12 blocks of
+  width 768) with random weights and no dropout; three sites with one batch of 16 texts each, and for unlike cuts before
+  blocks 2, 3 and 4.
 * **memory**: peak RSS of a round with 64 sites minus that with 4, each in a fresh process, with 16 examples a site. All
   texts are cut to 8 tokens: for bf16 on a CPU oneDNN keeps memory for each shape of batch, however few the sites.
 * **help**: CPU seconds of `fedtrio --help`, and whether it loads torch.
@@ -22,6 +26,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -140,19 +145,44 @@ def bare_round(bench: Any) -> Callable[[], dict[str, Any]]:
 
 
 def measure_time(threads: int, repeats: int, max_train: int | None) -> Iterator[Finding]:
+    yield from ratios("", threads, repeats, f"data.max_train={max_train or 'null'}")
+
+
+def measure_gpt2(threads: int, repeats: int) -> Iterator[Finding]:
+    """GPT-2 small, made here; its tokenizer is the built-in model's, as only the number of tokens matters."""
+    import torch
+    import transformers
+
+    from fedtrio.models.load import BUILT_IN
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        transformers.AutoTokenizer.from_pretrained(BUILT_IN["nano"]).save_pretrained(folder)
+        transformers.logging.disable_progress_bar()
+        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        transformers.GPT2Model(transformers.GPT2Config(**still)).save_pretrained(folder)
+        few = ("data.max_train=48", "clients=3", "partition={name: iid}")
+        yield from ratios("GPT-2 small, ", threads, repeats, f"model={folder}", *few)
+
+
+def ratios(model: str, threads: int, repeats: int, *changed: str) -> Iterator[Finding]:
+    """A round of each framework over the bare loop's, with the built-in model or the one that `changed` names."""
     from fedtrio.bench import Bench
     from fedtrio.config_file import load_config
 
     settings = [f"threads={threads}", "split.cut=2", "split.labels=server", "train.group_by_length=false"]
     settings += ["train.lr_scheduler_type=constant", "train.warmup_ratio=0"]  # as the bare loop trains
-    bench = Bench(load_config(None, [*settings, f"data.max_train={max_train or 'null'}"]))
+    bench = Bench(load_config(None, [*settings, *changed]))
     bare = bare_round(bench)
     reference = {name.removeprefix("base_model.model."): value for name, value in bare().items()}
-    cuts = {share.name: 1 + number % 3 for number, share in enumerate(bench.shares(0))}
+    shares, size = bench.shares(0), bench.config.train.batch_size
+    batches = sum(-(-len(share.indices) // size) for share in shares)
+    lowest = max(1, bench.model(0).depth // 6)  # before blocks 1, 2 and 3 of the built-in model
+    cuts = {share.name: lowest + number % 3 for number, share in enumerate(shares)}
     cases = [("fedllm", "FedLLM", 1.05, {}), ("split", "Split-FedLLM", 1.10, {})]
     cases += [("split", "U-shape", 1.10, {"labels": "client"}), ("split", "Unlike cuts", 1.10, {"cut": cuts})]
-    for name, title, limit, changed in cases:
-        ours = a_round(bench, name, **changed)
+    for name, title, limit, differing in cases:
+        ours = a_round(bench, name, **differing)
         adapter, start = ours(), bench.model(0).initial  # this round counts the FLOPs
         apart, moved = (max(float((adapter[n] - x[n]).abs().max()) for n in reference) for x in (reference, start))
         assert adapter.keys() == reference.keys() and apart < 0.01 * moved, "the bare loop computes something else"
@@ -163,8 +193,9 @@ def measure_time(threads: int, repeats: int, max_train: int | None) -> Iterator[
         wall, cpu = (statistics.median(b[i] / a[i] for a, b in pairs) for i in (0, 1))
         alone = statistics.median(a[1] for a, _ in pairs)
         note = f"{repeats} pairs; weights {apart:.0e} apart after moving by {moved:.0e}"
-        yield Finding(f"{title} round / bare loop, seconds", wall, limit, "x", note)
-        yield Finding(f"{title} round / bare loop, CPU seconds", cpu, None, "x", f"bare loop {alone:.2f} CPU-s")
+        yield Finding(f"{model}{title} / bare loop, seconds", wall, limit, "x", note)
+        took = f"bare loop {alone:.2f} CPU-s, {1e3 * alone / batches:.0f} ms a batch"
+        yield Finding(f"{model}{title} / bare loop, CPU seconds", cpu, None, "x", took)
 
 
 def clocked(work: Callable[[], object]) -> tuple[float, float]:
@@ -228,10 +259,11 @@ def measure_help(repeats: int) -> Iterator[Finding]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="timed pairs, and starts of the command line")
+    parser.add_argument("--repeats", type=int, default=5, help="timed pairs, and starts of the command line")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--max-train", type=int, help="fewer training examples in the timed rounds (default: all)")
-    parser.add_argument("--only", nargs="+", choices=("help", "memory", "time"), default=["help", "memory", "time"])
+    every = ["help", "memory", "time", "gpt2"]
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--peak-of", nargs=2, metavar=("FRAMEWORK", "SITES"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -242,6 +274,7 @@ def main() -> None:
         "help": lambda: measure_help(chosen.repeats),
         "memory": lambda: measure_memory(chosen.threads),
         "time": lambda: measure_time(chosen.threads, chosen.repeats, chosen.max_train),
+        "gpt2": lambda: measure_gpt2(chosen.threads, chosen.repeats),
     }
     findings = (finding for name in chosen.only for finding in measures[name]())
     if chosen.json:

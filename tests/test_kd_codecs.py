@@ -185,7 +185,6 @@ def test_auto_is_top_k_for_language_models():
         (["kd.protocol=dsfl"], "dsfl averages probabilities: choose aggregation era"),
         (["kd.upload_rate=100"], "upload_rate and upload_seconds go together"),
         (["kd.upload_bytes=100", "kd.logits=int8"], "a budget chooses k: it needs logits topk:…, not int8"),
-        (["kd.protocol=feddf", "kd.models={a: nano}"], "feddf averages adapters, so all sites hold the same model"),
         (["kd.protocol=feddf", "kd.logits=int8"], "feddf sends adapters and no logits"),
         (["kd.sharpening=0.5"], "sharpening is of era, power, confidence, not of aggregation logits"),
         (["kd.public_weight=0.5"], "public_weight is of protocol fedmkt, not of standard"),

@@ -20,9 +20,11 @@ from fedtrio.data.batches import Encoded
 from fedtrio.errors import QuorumError
 from fedtrio.frameworks import KD, FedDF, FedLLM, FedMD, FedMKT, Local
 from fedtrio.frameworks.kd_fedmkt import Knowledge, knowledge, least_loss, mixture
-from fedtrio.frameworks.lab import Framework
+from fedtrio.frameworks.lab import Framework, Lab
 from fedtrio.message import Reply
 from fedtrio.models.train import distillation_loss, task_loss
+from fedtrio.program import Site
+from fedtrio.wires.loopback import Loopback
 
 SGD: dict[str, Any] = {"optimizer": "sgd", "weight_decay": 0.0, "batch_size": 64, "epochs": 1}
 
@@ -120,6 +122,61 @@ def test_feddf_by_hand():
         step = 0 if g is None else (1e-2 if "lora_" in name else 2e-2) * g
         assert float((run.adapter[name] - (t.detach() - step)).abs().max()) < 1e-12
     assert distance(run.adapter, average) > 1e-5
+
+
+def unlike(method: FedDF, **settings: Any) -> tuple[Lab, dict[str, Lab], dict[str, Site]]:
+    """Two sites of GPT-2 and one of BERT: the common lab, each site's own, and the sites."""
+    common, other = (lab(adapted(kind, **settings), **SGD) for kind in ("gpt2", "bert"))
+    common.unlike = {"site-2": other}.get
+    labs = {site: common.of_site(site) for site in ("site-1", "site-2", "site-3")}
+    made = {its.model: federation(method, its, SIZES)[0] for its in (common, other)}
+    return common, labs, {site: made[its.model][site] for site, its in labs.items()}
+
+
+def test_feddf_with_unlike_models_by_hand():
+    """Each student starts from the mean over its own holders, and all learn from the mean logits of all three sites."""
+    method = FedDF(temperature=3.0, models={"site-2": "bert"})
+    setting, labs, sites = unlike(method)
+    state, ledger = rounds(method, setting, Loopback(sites), 1)
+    trained = {s: labs[s].fit(labs[s].model.initial, site) for s, site in sites.items()}
+    sent = {s: sum(t.numel() * t.element_size() for t in adapter.values()) for s, adapter in trained.items()}
+    assert {(e.site, e.direction): e.payload for e in ledger} == {(s, d): sent[s] for s in sent for d in ("up", "down")}
+    assert len(set(sent.values())) == 2
+
+    with torch.no_grad():
+        z = {s: torch.cat([one_by_one(labs[s], a, i) for i in range(7)]) for s, a in trained.items()}
+    teacher = (z["site-1"] + z["site-2"] + z["site-3"]) / 3
+    one, three = (trained[s] for s in ("site-1", "site-3"))
+    gpt2s = {name: (SIZES[0] * one[name] + SIZES[2] * three[name]) / (SIZES[0] + SIZES[2]) for name in one}
+    for start, its, learnt in (
+        (gpt2s, setting, method.adapter(setting, state)),
+        (trained["site-2"], labs["site-2"], method.adapter_of(state, "site-2")),
+    ):
+        student = {name: t.clone().requires_grad_() for name, t in start.items()}
+        loss = distillation_loss(torch.cat([one_by_one(its, student, i) for i in range(7)]), teacher, 3.0)
+        gradients = torch.autograd.grad(loss, list(student.values()), allow_unused=True)
+        assert learnt is not None and learnt.keys() == student.keys()
+        for (name, t), g in zip(student.items(), gradients, strict=True):
+            step = 0 if g is None else (1e-2 if "lora_" in name else 2e-2) * g
+            assert float((learnt[name] - (t.detach() - step)).abs().max()) < 1e-12
+        assert distance(learnt, start) > 1e-5
+    assert method.adapter_of(state, "site-1") is None  # the common one
+
+
+def test_students_without_distillation_are_fedllm_among_their_holders():
+    """To the last bit; and whose holders are not in a round, stays where it was."""
+    method = FedDF(models={"site-2": "bert"}, server_epochs=0)
+    setting, labs, sites = unlike(method, precision="fp32")
+    state, _ = rounds(method, setting, Loopback(sites), 2)
+    for name, holders in (("student", ["site-1", "site-3"]), ("student 1", ["site-2"])):
+        its = replace(labs[holders[0]], round=0)
+        made = federation(FedLLM(), its, SIZES)[0]
+        wanted = rounds(FedLLM(), its, Loopback({site: made[site] for site in holders}), 2)[0]
+        assert same(state[name], wanted["adapter"])
+    before = dict(state)
+    setting.sites = list(sites)
+    rounds(method, setting, Loopback({"site-1": sites["site-1"]}), 1, state=state)
+    assert same(state["student 1"], before["student 1"]) and not same(state["student"], before["student"])
 
 
 def test_one_sites_ensemble_is_itself():

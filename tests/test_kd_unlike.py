@@ -85,6 +85,24 @@ def test_any_mix_of_models_classifies(unlike: str, tmp_path: Path) -> None:
     assert all(0 <= site["accuracy"] <= 1 for site in sites.values())
 
 
+def test_feddf_has_a_student_for_each_model(unlike: str, tmp_path: Path) -> None:
+    """All sites' scores are those of their own student, which is saved as a PEFT adapter of its own model."""
+    (run,) = compare(config(unlike, "kd.protocol=feddf", "rounds=1"), tmp_path / "run")["runs"]
+    sites = {site["name"]: site for site in run["sites"]}
+    assert len({site["bytes_up"] for site in sites.values()}) == 3
+    assert run["adapters"].keys() == {"site-0", "site-1"} and run["adapter"] == "kd-0/adapter"
+    found = [shapes(tmp_path / "run" / place) for place in (run["adapter"], *run["adapters"].values())]
+    assert found[0] != found[1] != found[2] != found[0]
+    bench = Bench(config(unlike))
+    other = bench.at(bench.config.framework("kd"), "site-0")
+    loaded = load_file(tmp_path / "run" / run["adapters"]["site-0"] / "adapter_model.safetensors")
+    named = {name.removeprefix("base_model.model."): tensor for name, tensor in loaded.items()}
+    initial = other.model(0).initial
+    adapter = {name: named[name.replace(".default", "").replace(".modules_to_save", "")] for name in initial}
+    lab = other.lab(bench.config.framework("kd"), 0, Meter())
+    assert other.evaluate(lab, adapter).accuracy == sites["site-0"]["accuracy"]
+
+
 @pytest.mark.slow
 def test_processes_give_the_same_bits(unlike: str, tmp_path: Path) -> None:
     one, three = (
@@ -103,7 +121,7 @@ class Pulled(Exception):
     "settings",
     [
         ["kd.protocol=fedmd", "unlike"],
-        pytest.param(["kd.protocol=feddf"], marks=pytest.mark.slow),
+        pytest.param(["kd.protocol=feddf", "unlike"], marks=pytest.mark.slow),
         pytest.param(["kd.protocol=fedmkt", "task=causal-lm", "kd.public_weight=0.5"], marks=pytest.mark.slow),
         pytest.param(["kd.protocol=dsfl", "kd.aggregation=power", "kd.public_per_round=4"], marks=pytest.mark.slow),
     ],
@@ -175,6 +193,27 @@ def test_a_site_elsewhere_may_hold_what_the_server_does_not_know(tmp_path: Path)
     lab.round = 1
     method.check(lab, "mill", Message("start"), decode(frame))
     assert host._sites["kd-0"]._lab.model.width == 24 != lab.model.width
+
+
+def test_feddf_needs_the_same_models_at_both_sides(tmp_path: Path) -> None:
+    """A server runs its students' models itself: a site whose weights are others is told so before the first round."""
+    own, other = folder(tmp_path / "own", "bert"), folder(tmp_path / "other", "llama")
+    rows = ["text,label", *(f"the printer is broken {n},{n}" for n in range(8))]
+    (tmp_path / "mine.csv").write_text("\n".join(rows) + "\n")
+
+    def meet(models: str, **mine: str) -> None:
+        bench = Bench(config("data.train=null", "wire.sites=[mill]", "kd.protocol=feddf", f"kd.models={models}"))
+        site = SiteConfig.model_validate({"data": {"train": str(tmp_path / "mine.csv")}, "threads": 1, **mine})
+        told = settings_of(bench, "0123456789abcdef")
+        told["labels"] = [str(n) for n in range(len(told["labels"]))]
+        Host("mill", site, tmp_path / "memory").welcome(told)
+
+    meet(f"{{mill: {own}}}")
+    meet(f"{{'mil*': {own}}}", kd_model=str(own))
+    with pytest.raises(ModelError, match=r"other differs from the server's \(\w+ here, \w+ there\)"):
+        meet(f"{{'mil*': {own}}}", kd_model=str(other))
+    with pytest.raises(ModelError, match=r"own differs .* here, no such model: name it in kd\.models there"):
+        meet("{}", kd_model=str(own))
 
 
 def test_the_doctor_looks_at_own_models(unlike: str, tmp_path: Path) -> None:

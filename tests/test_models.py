@@ -355,6 +355,6 @@ def test_padding_to_a_multiple_changes_nothing(kind: str, task: str) -> None:
         assert torch.allclose(joined[kept], whole[kept], atol=1e-12, rtol=0)
     model.pad_to_multiple_of = 50
     try:
-        assert model._widened(batch.ids_BT).shape[1] == 32  # the tiny models have 32 positions
+        assert model._widened(batch.ids_BT.shape[1]) == 32  # the tiny models have 32 positions
     finally:
         model.pad_to_multiple_of = 1

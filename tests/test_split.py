@@ -6,6 +6,7 @@ The letters (S1, S3, …) name the identities; each test also proves that what i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from fedtrio.data.batches import Batch, Encoded, collate
 from fedtrio.errors import MessageError, ModelError
-from fedtrio.frameworks import Centralized, FedLLM, Split
-from fedtrio.frameworks.lab import Lab
+from fedtrio.frameworks import KD, Centralized, FedDF, FedLLM, Split
+from fedtrio.frameworks.lab import Framework, Lab
 from fedtrio.frameworks.split_server import ServerHalf
 from fedtrio.ledger import Ledger
 from fedtrio.message import Reply, decode, encode
@@ -486,6 +487,53 @@ def test_labels_stay_at_the_site(kind: str, task: str, variant: str, tmp_path: P
     assert first[0] and first[0] == first[1]
     for reply in found["client", CANARY]:
         assert set(reply.facts) <= {"step", "steps", "lengths", "weight", "targets", "share"}
+
+
+U_SHAPE = Split(cut=1, labels="client")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "task"),
+    [
+        (U_SHAPE, "gpt2", "classification"),
+        (U_SHAPE, "qwen3", "causal-lm"),
+        (Split(cut=1, labels="client", last_blocks=2), "qwen3", "causal-lm"),
+        (Split(cut=1, labels="client", variant="concatenated"), "gpt2", "classification"),
+        (Split(cut=1, labels="client", cache="fixed", cache_threshold=-1), "qwen3", "causal-lm"),
+        (KD(), "gpt2", "classification"),
+        (KD(), "qwen3", "causal-lm"),
+        (FedDF(), "gpt2", "classification"),
+    ],
+    ids=["u-shape", "u-shape of text", "last blocks", "concatenated", "cache", "kd", "kd of text", "feddf"],
+)
+def test_tokens_and_labels_stay_at_the_site(method: Framework, kind: str, task: str, tmp_path: Path) -> None:
+    """What leaves a site names no token and no label.
+
+    Tensors hold no whole numbers, as such or as floats, and facts are those of sites with other tokens and labels.
+    """
+
+    def said(value: int, folder: str) -> list[Reply]:
+        setting = lab(adapted(kind, task, labels=VOCAB), epochs=2, rounds=1)
+        sites, wire = federation(method, setting, (6, 3))
+        for site in sites.values():
+            private = relabelled(site.data, value)
+            ids = [i * 0 + value for i in private.encoded.input_ids]
+            site.data = replace(private, encoded=replace(private.encoded, input_ids=ids))
+        rounds(method, setting, wire, 1, Ledger(tmp_path / folder))
+        return frames_of(tmp_path / folder, "up")
+
+    one, other = said(CANARY, "one"), said(CANARY + 1, "other")
+    assert [(r.kind, r.facts) for r in one] == [(r.kind, r.facts) for r in other]
+    for reply in one:
+        for name, tensor in reply.tensors.items():
+            assert tensor.is_floating_point() and not bool((tensor == CANARY).any()), (reply.kind, name)
+    if method is U_SHAPE:  # the detector works
+        at_server = method.model_copy(update={"labels": "server"})
+        sites, wire = federation(at_server, (setting := lab(adapted(kind, task, labels=VOCAB))), (6,))
+        sites["site-1"].data = relabelled(sites["site-1"].data, CANARY)
+        rounds(at_server, setting, wire, 1, Ledger(tmp_path / "server"))
+        labels = [r.tensors["labels"] for r in frames_of(tmp_path / "server", "up") if not r.done]
+        assert labels and all(bool((t == CANARY).any()) for t in labels)
 
 
 def relabelled(data, value: int):

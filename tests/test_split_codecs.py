@@ -49,9 +49,10 @@ CODECS: dict[str, tuple[Bound | None, Callable[[int], int]]] = {  # error, and b
     "topk:8:token+int8": (None, lambda N: N * (8 + 2 + WIDTH // 8)),
     "lowrank:4": (None, lambda N: 4 * min(4 * (N + WIDTH), N * WIDTH)),
 }
-USES = [("client", way, use) for way in ("up", "down") for use in ("activations", "gradients")]
-AT_SERVER = [("server", "up", "activations"), ("server", "down", "gradients")]
-USES += [pytest.param(*use, marks=pytest.mark.slow) for use in AT_SERVER]
+USES = [("gpt2", "client", way, use) for way in ("up", "down") for use in ("activations", "gradients")]
+AT_SERVER = [("server", "up", "activations"), ("server", "down", "gradients")]  # forward, and backward
+USES += [pytest.param("gpt2", *use, marks=pytest.mark.slow) for use in AT_SERVER]
+USES += [(kind, *use) for kind in ("llama", "qwen3", "bert") for use in AT_SERVER]
 NAMES = {"activations": "h", "gradients": "dh"}
 
 
@@ -64,10 +65,11 @@ class Run:
 
 
 def coded(
-    labels: Any, folder: Path, up: Mapping[Any, str], down: Mapping[Any, str], precision: str = "fp32", **train: Any
-) -> Run:
+    labels: Any, folder: Path, up: Mapping[Any, str], down: Mapping[Any, str], precision: str = "fp32",
+    kind: str = "gpt2",
+) -> Run:  # fmt: skip
     """One round of three sites with these codecs."""
-    method, setting = Split(labels=labels), lab(adapted("gpt2", precision=precision), epochs=1, **train)
+    method, setting = Split(labels=labels), lab(adapted(kind, precision=precision), epochs=1)
     code = Coding(0, codecs_of(up, "up"), codecs_of(down, "down"))
     plain, _ = federation(method, setting)
     sites = {name: Site(name, site.data, method, setting, coding=code) for name, site in plain.items()}
@@ -83,18 +85,20 @@ def first(run: Run, direction: str, name: str) -> Reply:
 
 
 @cache
-def plain(labels: str) -> Run:
+def plain(labels: str, kind: str = "gpt2") -> Run:
     """Without codecs."""
     with TemporaryDirectory() as folder:
-        return coded(labels, Path(folder), {}, {})
+        return coded(labels, Path(folder), {}, {}, kind=kind)
 
 
 @pytest.mark.parametrize("text", list(CODECS))
-@pytest.mark.parametrize(("labels", "direction", "use"), USES)
-def test_in_use_within_its_bound_and_bytes(labels: Any, direction: str, use: Any, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "labels", "direction", "use"), USES)
+def test_in_use_within_its_bound_and_bytes(
+    kind: str, labels: Any, direction: str, use: Any, text: str, tmp_path: Path
+) -> None:
     """Of the same activations or gradients, with and without the codec; and no other kind of message changes."""
     ways = {"up": {}, "down": {}, direction: {use: text}}
-    run, before = coded(labels, tmp_path, ways["up"], ways["down"]), plain(labels)
+    run, before = coded(labels, tmp_path, ways["up"], ways["down"], kind=kind), plain(labels, kind)
     name, codec = NAMES[use], parse(text, use)
     one = first(run, direction, name)
     assert name not in one.tensors and any("|" in key for key in one.tensors)  # it is on

@@ -118,9 +118,17 @@ class Bench:
         model.observe = lambda key, weights: meter.work((*key, which), weights)
         if cuts:
             model.verify_cut(cuts)
+        labs: dict[Bench, Lab] = {}
+
+        def unlike(site: str) -> Lab | None:
+            other = self.at(method, site)
+            if other is not self and other not in labs:
+                labs[other] = other.lab(method, seed, meter)
+            return labs.get(other)
+
         return Lab(
             model, self.config.train, self.encoded["public"], seed, self.config.rounds,
-            self.tokenizer.pad_token_id, guards=self.config.guards, hold=meter.hold,
+            self.tokenizer.pad_token_id, guards=self.config.guards, hold=meter.hold, unlike=unlike,
         )  # fmt: skip
 
     def at(self, method: Framework, site: str) -> Bench:
@@ -193,10 +201,9 @@ class Bench:
         for number, share in enumerate(self.roster(method, lab.seed)):
             if names is None or share.name in names:
                 own = self.at(method, share.name)
-                its_lab = lab if own is self else own.lab(method, lab.seed, meter)
                 examples = own.encoded["train"].take(share.indices)
                 place = folder / "sites" / str(number) if folder else None
-                sites[share.name] = own.site(share.name, examples, method, its_lab, meter, place)
+                sites[share.name] = own.site(share.name, examples, method, lab.of_site(share.name), meter, place)
         return sites
 
     def site(

@@ -221,7 +221,8 @@ class SiteConfig(BaseModel):
     data: DataConfig = Field(default_factory=DataConfig, description="its own file and columns")
     model: str | None = Field(default=None, description="where the model lies here; null: as the server names it")
     kd_model: str | None = Field(
-        default=None, description="a model of its own for kd, which the server need not know; null: as for the others"
+        default=None,
+        description="a model of its own for kd, which the server need not know but in feddf; null: as for the others",
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     threads: int | None = Field(

@@ -48,6 +48,7 @@ class Settings(BaseModel):
     public: list[str]
     public_completions: list[str] | None
     fingerprint: str
+    unlike: dict[str, str]  # the fingerprint of a site's own model, where the server holds it too
     vocabulary: str
 
 
@@ -57,7 +58,9 @@ def settings_of(bench: Bench, run_id: str) -> dict[str, Any]:
     config["wire"] = bench.config.wire.model_dump(mode="json", include={"up", "down"})
     if ":" in bench.config.fedllm.aggregation:  # a rule of the server's own is nothing to its sites
         config["fedllm"]["aggregation"] = "fedavg"
-    public = bench.corpus.public
+    public, seed = bench.corpus.public, bench.config.seeds[0]
+    methods = [bench.config.framework(name) for name in bench.config.frameworks]
+    needed = {s: bench.at(m, s) for m in methods if m.needs_models for s in bench.config.wire.sites or ()}
     told = Settings(
         protocol=PROTOCOL,
         run_id=run_id,
@@ -65,7 +68,8 @@ def settings_of(bench: Bench, run_id: str) -> dict[str, Any]:
         labels=list(bench.corpus.labels),
         public=public.prompts,
         public_completions=public.completions,
-        fingerprint=fingerprint(bench.model(bench.config.seeds[0])),
+        fingerprint=fingerprint(bench.model(seed)),
+        unlike={site: fingerprint(its.model(seed)) for site, its in needed.items() if its is not bench},
         vocabulary=bench.vocabulary,
     )
     return told.model_dump(mode="json")
@@ -122,17 +126,23 @@ class Host:
         corpus = load_site_corpus(self._own.data, config.task, self._own.base, tuple(told.labels), public)
         bench = Bench(config, corpus)
         bench.vocabulary = told.vocabulary
-        benches = [bench.at(config.framework(name), self.name) for name in config.frameworks]
-        if bench in benches:  # of a model of its own the server knows nothing
-            self._check_model(bench, told)
+        wanted: dict[Bench, str] = {}
+        for method in map(config.framework, config.frameworks):
+            its = bench.at(method, self.name)
+            if its is bench:
+                wanted[its] = told.fingerprint
+            elif method.needs_models:  # of another model of its own the server knows nothing
+                wanted[its] = told.unlike.get(self.name, "no such model: name it in kd.models")
+        for its, there in wanted.items():
+            self._check_model(its, there)
         self._settings, self._bench, self._sites = told, bench, {}
         self._say(f"{self.name}: {len(corpus.train)} examples, {config.model}, {', '.join(config.frameworks)}")
 
-    def _check_model(self, bench: Bench, told: Settings) -> None:
+    def _check_model(self, bench: Bench, there: str) -> None:
         mine = fingerprint(bench.model(bench.config.seeds[0]))
-        if mine != told.fingerprint:
+        if mine != there:
             raise ModelError(
-                f"the model {bench.config.model} differs from the server's ({mine} here, {told.fingerprint} there): "
+                f"the model {bench.config.model} differs from the server's ({mine} here, {there} there): "
                 "use the same weights and versions on both sides"
             )
 

@@ -102,14 +102,22 @@ def spread(accuracies: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def save(lab: Lab, adapter: Adapter | None, sites: Sequence[str], out: Path, name: str) -> dict[str, Any]:
-    """Write the adapter; where there is no common one, the sites have written theirs. Paths and hash."""
+def save(
+    lab: Lab, adapter: Adapter | None, unlike: Mapping[str, Adapter], sites: Sequence[str], out: Path, name: str
+) -> dict[str, Any]:
+    """Write the adapter, and those of sites that hold another model; paths and hash.
+
+    Where there is no common one, the sites have written theirs.
+    """
+    folders = {site: f"{name}/sites/{number}/adapter" for number, site in enumerate(sites)}
     if adapter is not None:
         lab.model.save(adapter, out / name / "adapter")
-        return {"adapter": f"{name}/adapter", "adapter_sha256": _sha256(out / name / "adapter")}
+        for site, held in unlike.items():
+            lab.of_site(site).model.save(held, out / folders[site])
+        others = {"adapters": {site: folders[site] for site in unlike}} if unlike else {}
+        return {"adapter": f"{name}/adapter", "adapter_sha256": _sha256(out / name / "adapter"), **others}
     if not (out / name / "sites").is_dir():  # they lie at the sites
         return {"adapter": None, "adapter_sha256": None}
-    folders = {site: f"{name}/sites/{number}/adapter" for number, site in enumerate(sites)}
     first = next(iter(folders.values()))
     return {"adapter": first, "adapter_sha256": _sha256(out / first), "adapters": folders}
 

@@ -136,6 +136,9 @@ def _entry(
     else:
         common = last["accuracy"] if last["accuracy"] is not None else bench.evaluate(lab, adapter).accuracy
     examples = {site: int(effort.get("examples", 0)) for site, effort in sorted(done.efforts.items())}
+    unlike = {site: held for site in examples if (held := method.adapter_of(done.state, site)) is not None}
+    for site, held in unlike.items():
+        own[site] = bench.at(method, site).evaluate(lab.of_site(site), held)
     accuracies = {site: own[site].accuracy if site in own else common for site in examples}
     reached = {key: last[key] for key in ("accuracy", "loss", "perplexity") if key in last}
     result = {"framework": framework, "seed": lab.seed, "rounds": rounds, **reached}
@@ -145,7 +148,7 @@ def _entry(
     result |= {"curve": done.curve, "events": done.events}
     if out is not None:
         shipped = method.shipped(lab, done.state) if adapter is not None else None
-        result |= save(lab, shipped, list(examples), out, name)
+        result |= save(lab, shipped, unlike, list(examples), out, name)
         lines = done.ledger.lines(framework=framework, seed=lab.seed) if method.federated else []
         write_whole(out / name / "ledger.jsonl", "".join(line + "\n" for line in lines).encode())
     return result

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ConfigError, MessageError
-from .parts import LABELS, Crossing, Spec, is_finite, working
+from ..message import LABELS
+from .parts import Crossing, Spec, is_finite, working
 from .ranks import Rank
 from .stages import ALL, Parts, Stage
 

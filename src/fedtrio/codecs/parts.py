@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MessageError
-from ..message import DTYPES
+from ..message import LABELS
 
 Per = Literal["tensor", "row", "token"]
-LABELS = {dtype: label for label, dtype in DTYPES.items()}
 SAME_WIDTH = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 

@@ -327,4 +327,4 @@ def silent(adapter: Adapter) -> dict[str, Tensor]:
 
 def generator(lab: Lab, round: int) -> torch.Generator:
     """What all sides draw alike in a round."""
-    return torch.Generator().manual_seed(lab.dropout_seed(round, "factors", 0))
+    return torch.Generator().manual_seed(lab.seed_of(round, "factors", 0))

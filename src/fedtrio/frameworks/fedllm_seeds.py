@@ -84,7 +84,7 @@ class Seeds:
         walked: dict[int, float] = {}
         with torch.no_grad():
             for step, batch in enumerate(site.data.batches(site.round)):
-                seed = lab.dropout_seed(site.round, f"seeds {site.name}", step) % self.number
+                seed = lab.seed_of(site.round, f"seeds {site.name}", step) % self.number
                 z = self.direction(lab, seed)
                 above, below = (
                     float(lab.loss(_stepped(lab, here, z, sign * self.epsilon), batch, site, step).double())
@@ -97,7 +97,7 @@ class Seeds:
 
     def direction(self, lab: Lab, seed: int) -> dict[str, Tensor]:
         """z_s ~ N(0, 1), always drawn on the CPU: devices draw differently."""
-        generator = torch.Generator().manual_seed(lab.dropout_seed(0, "direction", seed))
+        generator = torch.Generator().manual_seed(lab.seed_of(0, "direction", seed))
         return {name: _normal(lab.initial[name], generator) for name in sorted(lab.initial)}
 
 

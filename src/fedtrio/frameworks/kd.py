@@ -104,8 +104,6 @@ class KD(Framework):
             raise ValueError("upload_rate and upload_seconds go together: their product is what a site may send")
         if (self.upload_bytes or self.upload_rate) and not top and self.logits != "auto":
             raise ValueError(f"a budget chooses k: it needs logits topk:…, not {self.logits}")
-        if self.protocol == "feddf" and self.models:
-            raise ValueError("feddf averages adapters, so all sites hold the same model: leave out models")
         if self.protocol == "feddf" and (self.logits not in ("auto", "none") or self.upload_bytes or self.upload_rate):
             raise ValueError("feddf sends adapters and no logits: leave out logits and budgets; wire.up has codecs")
         if self.lora and self.lora.by_site:

@@ -46,6 +46,7 @@ class Framework(BaseModel):
 
     federated: ClassVar[bool] = True  # False for the yardsticks, in which nothing would cross a wire
     pooled: ClassVar[bool] = False  # True where all data lie in one place
+    needs_models: ClassVar[bool] = False  # True where the server runs the models of sites that hold another one
 
     @property
     def wants_weights(self) -> bool:
@@ -73,6 +74,10 @@ class Framework(BaseModel):
 
     def own_adapter(self, lab: Lab, site: Site) -> Adapter | None:
         """The model that a site keeps to itself; None where all hold the common one."""
+        return None
+
+    def adapter_of(self, state: State, site: str) -> Adapter | None:
+        """What the server has for a site that holds another model than the common one; None where it has nothing."""
         return None
 
     def shipped(self, lab: Lab, state: State) -> Adapter | None:
@@ -115,6 +120,11 @@ class Lab:
     weights: Mapping[str, float] = field(default_factory=dict)  # … and what each of them weighs
     guards: Guards = field(default_factory=Guards)
     hold: Callable[[int], None] = field(default=lambda nbytes: None)  # tells the meter what a site holds
+    unlike: Callable[[str], Lab | None] = field(default=lambda site: None)  # of a site that holds another model
+
+    def of_site(self, site: str) -> Lab:
+        """The lab of the model that a site holds."""
+        return self.unlike(site) or self
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -129,9 +139,13 @@ class Lab:
         """The share of the whole run that is done before this step."""
         return (round - 1 + step / max(1, steps)) / self.rounds
 
-    def dropout_seed(self, round: int, site: str, step: int) -> int:
-        """Names the dropout masks of one step, the same at both sides of a cut."""
-        words = [self.seed, round, step, *site.encode()]
+    def dropout_seed(self, round: int, site: str, step: int) -> int | None:
+        """Names the dropout masks of one step, the same at both sides of a cut; None where there is no dropout."""
+        return self.seed_of(round, site, step) if self.model.has_dropout else None
+
+    def seed_of(self, round: int, what: str, step: int) -> int:
+        """A pure function of the run's seed and these words."""
+        words = [self.seed, round, step, *what.encode()]
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(16))
 
     def fit(self, adapter: Adapter, site: Site) -> dict[str, Tensor]:

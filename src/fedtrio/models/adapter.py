@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
@@ -146,6 +147,12 @@ class AdaptedModel:
         self.width = int(config.hidden_size)
         self._real_id = 0 if config.pad_token_id != 0 else 1  # any token that is no padding
         self._pad_id = config.pad_token_id
+        self._widest: float = getattr(config, "max_position_embeddings", math.inf)
+        self._places = {
+            f"{path}.{key}".lstrip("."): (m._parameters, key)
+            for path, m in self.module.named_modules()
+            for key in m._parameters
+        }
         self._positions = positions_of(self.module, self._gates, self._probe)
         self._owner = self._owners()
 
@@ -167,13 +174,17 @@ class AdaptedModel:
         """
         lengths_B = lengths_B.to(self.device)
         longest = int(lengths_B.max())
-        ids_BT = self._widened(self._placeholder_ids(lengths_B) if ids_BT is None else ids_BT.to(self.device))
+        width = self._widened(longest if ids_BT is None else ids_BT.shape[1])
+        mask_BT = torch.arange(width, device=self.device) < lengths_B[:, None]
+        if ids_BT is None:
+            ids_BT = self._placeholder_ids(mask_BT)
+        else:
+            ids_BT = F.pad(ids_BT.to(self.device), (0, width - ids_BT.shape[1]), value=self._pad_id)
         start, stop = span
         h_BTD = None
         if h_ND is not None:
             h_ND = h_ND.to(self.device, self._dtype_at.get(start, self.dtype))
-            h_BTD = unpack(h_ND, lengths_B, ids_BT.shape[1])
-        mask_BT = torch.arange(ids_BT.shape[1], device=self.device) < lengths_B[:, None]
+            h_BTD = unpack(h_ND, lengths_B, width)
         training = dropout_seed is not None and self.has_dropout
         if self.module.training != training:
             self.module.train(training)
@@ -211,28 +222,34 @@ class AdaptedModel:
         return tuple(found)
 
     def _call(self, adapter: Adapter, ids_BT: Tensor, mask_BT: Tensor) -> Any:
-        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT.long()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            tensors = {name: tensor.to(self.device) for name, tensor in adapter.items()}
-            return torch.func.functional_call(self.module, tensors, kwargs=inputs, tie_weights=False)
+        """The module's output, with the adapter's tensors for the while where its parameters of these names are.
 
-    def _placeholder_ids(self, lengths_B: Tensor) -> Tensor:
+        As `torch.func.functional_call`, which looks each name up again, in a tree of modules, every time.
+        """
+        places = [self._places[name] for name in adapter]
+        own = [parameters[key] for parameters, key in places]
+        try:
+            for (parameters, key), tensor in zip(places, adapter.values(), strict=True):
+                parameters[key] = tensor.to(self.device)  # type: ignore[assignment]  # a leaf of no module
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                return self.module(input_ids=ids_BT, attention_mask=mask_BT.long())
+        finally:
+            for (parameters, key), tensor in zip(places, own, strict=True):
+                parameters[key] = tensor
+
+    def _placeholder_ids(self, mask_BT: Tensor) -> Tensor:
         """Ids for a half that never sees the text: they tell padding from tokens, and nothing else."""
-        mask_BT = torch.arange(int(lengths_B.max()), device=self.device) < lengths_B[:, None]
         return torch.where(mask_BT, self._real_id, self._pad_id)
 
-    def _widened(self, ids_BT: Tensor) -> Tensor:
-        """More padding, up to the next multiple: few shapes of batch, for which libraries keep less memory."""
-        width, config = ids_BT.shape[1], self.module.config
-        missing = -width % self.pad_to_multiple_of
-        missing = min(missing, getattr(config, "max_position_embeddings", width + missing) - width)
-        return torch.nn.functional.pad(ids_BT, (0, missing), value=self._pad_id) if missing > 0 else ids_BT
+    def _widened(self, width: int) -> int:
+        """With more padding, up to the next multiple: few shapes of batch, for which libraries keep less memory."""
+        wider = width + -width % self.pad_to_multiple_of
+        return int(max(width, min(wider, self._widest)))
 
     def _probe(self) -> None:
         with torch.no_grad(), self._gates.open(WHOLE, None, None):
-            lengths_B = torch.tensor([2, 1], device=self.device)
-            mask_BT = torch.arange(2, device=self.device) < lengths_B[:, None]
-            self.classes = self._call({}, self._placeholder_ids(lengths_B), mask_BT).logits.shape[-1]
+            mask_BT = torch.tensor([[True, True], [True, False]], device=self.device)
+            self.classes = self._call({}, self._placeholder_ids(mask_BT), mask_BT).logits.shape[-1]
 
     # The two sides of a cut --------------------------------------------------------------------------------------
 

@@ -147,5 +147,5 @@ def pack(h_BTD: Tensor, lengths_B: Tensor) -> Tensor:
 def unpack(h_ND: Tensor, lengths_B: Tensor, width: int | None = None) -> Tensor:
     """`h_BTD` with zeros where there is padding; T is `width`, or the longest length."""
     B, T = len(lengths_B), width or int(lengths_B.max())
-    grid = h_ND.new_zeros(B * T, h_ND.shape[1]).index_copy(0, real_positions(lengths_B, T), h_ND)
+    grid = h_ND.new_zeros(B * T, h_ND.shape[1]).index_copy_(0, real_positions(lengths_B, T), h_ND)
     return grid.view(B, T, -1)

@@ -116,10 +116,10 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = group["full_rate"] * factor
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.drop()
 
     def drop(self) -> None:
-        """Forget gradients that will not be applied."""
+        """Forget the gradients: they were applied, or will not be."""
         for tensor in self.tensors.values():
             tensor.grad = None
 
