@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from .models.lora import LoraConfig
 from .models.train import TrainConfig
 
 FrameworkName = Literal["fedllm", "kd", "split", "centralized", "local"]
+TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow"]
 MOST = 1_000_000  # no count is above it: what is, is a slip of the keyboard, and explodes further on
 
 
@@ -108,6 +109,10 @@ class Config(BaseModel):
         default="eager", description="of transformers; eager is counted exactly"
     )  # no other name: transformers takes them for code to be fetched from the Hub
 
+    report_to: list[TrackerName] = Field(
+        default=[], description="trackers that each run is told to; an extra of the same name installs one"
+    )
+
     _base: Path = PrivateAttr(default_factory=Path)  # folder that relative paths start from
 
     @field_validator("model")
@@ -135,7 +140,7 @@ class Config(BaseModel):
             raise ValueError(str(error)) from error
         return self
 
-    @field_validator("seeds", "frameworks")
+    @field_validator("seeds", "frameworks", "report_to")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) < len(values):
@@ -155,7 +160,7 @@ class Config(BaseModel):
     def framework(self, name: str) -> Framework:
         """The framework of that name with its settings."""
         kd = PROTOCOLS[self.kd.protocol](**dict(self.kd))
-        built = {"fedllm": self.fedllm, "kd": kd, "split": self.split}
+        built: dict[str, Framework] = {"fedllm": self.fedllm, "kd": kd, "split": self.split}
         return built[name] if name in built else {"centralized": Centralized(), "local": Local()}[name]
 
     def resolved(self) -> Config:
@@ -258,6 +263,14 @@ def refuse_wrong_pairs(
     fedllm.refuse_codecs(coding.up.get("adapter"), coding.down.get("adapter"))
     if lora.by_site:
         fedllm.refuse_mixed_ranks()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def usable_cores() -> int:
