@@ -19,6 +19,8 @@ FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sor
 MAY = {
     "errors": set(),
     "hub": set(),
+    "names": set(),
+    "extend": {"errors", "codecs", "data", "frameworks"},
     "ledger": set(),
     "meter": set(),
     "message": {"errors"},
@@ -28,7 +30,7 @@ MAY = {
     "program": {"errors", "message", "codecs", "coding", "ledger", "meter", "checkpoint"},
     "wires": {"errors"},
     "models": {"errors", "hub"},
-    "data": {"errors", "hub"},
+    "data": {"errors", "hub", "names"},
     "aggregation": {"errors"},
     "frameworks": {"errors", "message", "codecs", "models", "data", "aggregation"},
     "evaluate": {"errors", "data", "models"},

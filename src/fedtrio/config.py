@@ -15,14 +15,15 @@ from .coding import Coding, Use, codecs_of
 from .data.load import DataConfig
 from .data.partition import PartitionConfig
 from .errors import ConfigError
-from .frameworks import FRAMEWORKS, KD, PROTOCOLS, Centralized, FedLLM, Local, Split
+from .frameworks import ADDED, FRAMEWORKS, KD, PROTOCOLS, Centralized, FedLLM, Local, Split
 from .frameworks.guards import Guards
 from .frameworks.lab import Framework
 from .models.load import BUILT_IN, pick_device, pick_precision
 from .models.lora import LoraConfig
 from .models.train import TrainConfig
+from .names import or_added
 
-FrameworkName = Literal["fedllm", "kd", "split", "centralized", "local"]
+FrameworkName = Annotated[Literal["fedllm", "kd", "split", "centralized", "local"], *or_added(ADDED)]
 TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow"]
 MOST = 1_000_000  # no count is above it: what is, is a slip of the keyboard, and explodes further on
 
@@ -161,7 +162,8 @@ class Config(BaseModel):
         """The framework of that name with its settings."""
         kd = PROTOCOLS[self.kd.protocol](**dict(self.kd))
         built: dict[str, Framework] = {"fedllm": self.fedllm, "kd": kd, "split": self.split}
-        return built[name] if name in built else {"centralized": Centralized(), "local": Local()}[name]
+        built |= {"centralized": Centralized(), "local": Local()}
+        return built[name] if name in built else ADDED[name]
 
     def resolved(self) -> Config:
         """The same configuration with every `auto` decided and paths absolute; itself a valid input.
