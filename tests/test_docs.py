@@ -28,6 +28,21 @@ def test_configuration_loads_and_is_written_as_an_equal_one(path: Path, tmp_path
     assert load_config(tmp_path / "again.yaml").model_dump() == config.model_dump()
 
 
+EXTENDING = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL)
+OWN = sorted(ROOT.glob("examples/own_*.py"))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("(")[0])
+def test_code_on_the_page_stands_in_an_example(block: str) -> None:
+    """Which tests/test_examples.py runs."""
+    assert any(block in path.read_text(encoding="utf-8") for path in OWN)
+
+
+def test_every_example_of_an_extension_is_on_the_page() -> None:
+    assert OWN and all(f"(../examples/{path.name})" in EXTENDING for path in OWN)
+
+
 def anchors(page: Path) -> set[str]:
     """GitHub's names of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
