@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from test_kd_unlike import folder
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -68,11 +69,11 @@ def logits(model: Any, tokenizer: Any) -> Tensor:
     return found if found.dim() == 2 else found[inputs["attention_mask"].bool()]
 
 
-def by_hand(task: str, adapter: Path, labels: int = 20) -> tuple[Tensor, Tensor]:
+def by_hand(task: str, adapter: Path, path: Path = BUILT_IN["nano"]) -> tuple[Tensor, Tensor]:
     """Logits of base and adapter, and of the base alone, as PEFT and transformers load them."""
-    more = {"num_labels": labels} if task == "classification" else {}
-    base = KINDS[task].from_pretrained(BUILT_IN["nano"], **more)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BUILT_IN["nano"])
+    more = {"num_labels": 20} if task == "classification" else {}
+    base = KINDS[task].from_pretrained(path, **more)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     base.config.pad_token_id = tokenizer.pad_token_id
     plain = logits(base, tokenizer)
     return logits(peft.PeftModel.from_pretrained(base, str(adapter)), tokenizer), plain
@@ -94,6 +95,23 @@ def test_merged_model_is_base_and_adapter(name: str, run_of: Callable[[str], Pat
     if name in ("tied", "embedded"):  # embeddings and output were one matrix, and only one of them was trained
         assert not model.config.tie_word_embeddings
         assert not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+
+
+def test_sites_with_models_of_their_own(tmp_path: Path) -> None:
+    """BERT, whose head is `classifier` and whose layers are linear, at one site; the built-in model at the others."""
+    bert = folder(tmp_path / "bert", "bert")
+    own = ["frameworks=[kd]", "kd.protocol=fedmd", "kd.server_epochs=0", f"kd.models={{site-0: {bert}}}", "rounds=1"]
+    deal = ["partition={name: iid}", "clients=3", "lora.target_modules=all-linear", "train.pad_to_multiple_of=1"]
+    compare(load_config(settings=[*SMALL, *LARGE_STEPS, *own, *deal]), tmp_path / "run", jobs=1)
+    for number, path in enumerate((bert, BUILT_IN["nano"])):
+        out = tmp_path / f"out-{number}"
+        export(tmp_path / "run", out, site=f"site-{number}", merge=True)
+        wanted, plain = by_hand("classification", tmp_path / "run" / "kd-0" / "sites" / str(number) / "adapter", path)
+        assert (wanted - plain).abs().max() > 0.1
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        torch.testing.assert_close(logits(model, tokenizer), wanted, rtol=1e-4, atol=1e-4)
+        assert f"| base model | `{path.name}` |" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_classes_have_names(run_of: Callable[[str], Path], tmp_path: Path) -> None:

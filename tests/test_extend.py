@@ -18,6 +18,7 @@ from fedtrio.config_file import load_config
 from fedtrio.data.load import Rows
 from fedtrio.data.partition import PartitionConfig, partition
 from fedtrio.errors import ConfigError, DataError, MessageError
+from fedtrio.export import export
 from fedtrio.report.page import render
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -39,8 +40,10 @@ def test_own_framework_with_one_site_is_fedllm(tmp_path: Path) -> None:
     assert fedllm["adapter_sha256"] == cyclic["adapter_sha256"]
     assert cyclic["messages"] == 4 and cyclic["left_sites"] == ["adapter"]
     assert "cyclic" in render(results)
-    again = load_config(tmp_path / "one" / "config.yaml")
-    assert again.frameworks == ["fedllm", "cyclic"]
+    assert load_config(tmp_path / "one" / "config.yaml").frameworks == ["fedllm", "cyclic"]
+    extend.FRAMEWORKS.clear()  # as on the command line
+    export(tmp_path / "one", tmp_path / "out", "cyclic")
+    assert "cyclic" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_own_framework_goes_from_site_to_site() -> None:
