@@ -157,6 +157,18 @@ def test_card_of_a_hub_model(run_of: Callable[[str], Path]) -> None:
     assert "accuracy of 2 seeds" in text and "± 7.1" in text  # of two values that lie 0.1 apart: 0.1/√2
 
 
+def test_card_of_split_learning_says_where_the_cut_was(run_of: Callable[[str], Path]) -> None:
+    """Also where it is 0, at which the server could read the texts."""
+    results = results_of(run_of("classes"))
+    run = results["runs"][0] = {**results["runs"][0], "framework": "split", "left_sites": ["activations"]}
+    results["config"]["split"] |= {"cut": 0, "clip": 2.0}
+    results["config"]["wire"]["up"] = "int8"
+    text = card(results, run, True, "mine", "base")
+    for row in ("cut | `0`", "labels | `server`", "clip | `2.0`", "codecs | up `int8`", "left the sites | activations"):
+        assert f"| {row} |" in text
+    assert "| noise |" not in text
+
+
 def test_refuses(run_of: Callable[[str], Path], tmp_path: Path) -> None:
     run = run_of("classes")
     (tmp_path / "full").mkdir()

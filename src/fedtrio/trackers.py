@@ -95,6 +95,7 @@ class Trackers:
 
     def _start(self, name: TrackerName, framework: str, seed: int) -> Tracked:
         group, folder = (self._out.resolve().name, self._out) if self._out else (PROJECT, Path("runs"))
+        folder.mkdir(parents=True, exist_ok=True)
         settings = self._config.model_dump(mode="json", exclude={"report_to"})
         parameters = {"framework": framework, "seed": seed, **flat(settings)}
         package = import_module(PACKAGES[name])
@@ -171,7 +172,6 @@ class Wandb:
     """A run of the project `fedtrio`, offline in `<run folder>/wandb` unless `WANDB_MODE` says otherwise."""
 
     def __init__(self, package: Any, name: str, group: str, parameters: Parameters, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._run = package.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT, name=f"{group}/{name}", group=group, dir=str(folder),
             config=dict(parameters), mode=os.environ.get("WANDB_MODE") or "offline",

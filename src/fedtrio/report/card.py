@@ -51,7 +51,7 @@ def card(
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n# {name}\n",
         f"{'A whole model' if merged else 'A LoRA adapter (PEFT)'}, fine-tuned on {_where(results, run)} by {title}"
         + (f"; the own model of `{site}`" if site else "")
-        + ", with [fedtrio](https://pypi.org/project/fedtrio/).\n",
+        + ", with fedtrio.\n",
         f"```python\n{loading(config['task'], merged, name, len(results['data']['labels']))}```\n",
         "" if merged or on_hub else AWAY,
         "## What was trained\n",
@@ -87,9 +87,9 @@ def _trained(results: Results, run: Mapping[str, Any]) -> Iterator[tuple[str, ob
     """Settings that make the model what it is. Names of sites and files stay out: a card is for the public."""
     config, labels = results["config"], results["data"]["labels"]
     train, lora, method = config["train"], config["lora"], config.get(run["framework"]) or {}
-    for key in ("aggregation", "upload", "protocol", "variant", "cut", "clip", "noise"):
+    for key in ("aggregation", "upload", "protocol", "variant", "cut", "labels", "clip", "noise"):
         value = "by site" if isinstance(method.get(key), dict) else method.get(key)
-        if value not in (None, "none", 0.0):
+        if value not in (None, "none") and (value or key != "noise"):
             yield key, f"`{str(value).rpartition(':')[2]}`"  # of an own rule, file.py:function, the function
     yield "task", f"{config['task']}, {len(labels)} classes" if labels else config["task"]
     if labels:
@@ -102,6 +102,8 @@ def _trained(results: Results, run: Mapping[str, Any]) -> Iterator[tuple[str, ob
     rank = lora["r"] if isinstance(lora["r"], int) else "by site"
     targets = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
     yield "LoRA", f"r {rank}, lora_alpha {lora['lora_alpha']:g}, on {targets}"
+    if codecs := {way: config["wire"][way] for way in ("up", "down") if config["wire"][way] != "none"}:
+        yield "codecs", ", ".join(f"{way} `{codec}`" for way, codec in codecs.items())
     yield "tokens of a text", f"at most {train['max_length']}"
     yield "seed", run["seed"]
 
