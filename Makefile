@@ -41,10 +41,18 @@ format: install ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs ## the documentation as a site in build/site, warnings as errors
+	$(BIN)/python tools/configuration_page.py --check
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs . build/site
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 bench: install ## overhead and memory against a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py
 
 clean: ## remove what was built
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow test-faults test-browser lint format bench clean
+.PHONY: help install demo test test-slow test-faults test-browser lint format docs bench clean

@@ -17,6 +17,18 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@pytest.fixture
+def nothing_added():
+    """What a test adds to `fedtrio.extend` is gone after it."""
+    yield
+    from fedtrio import extend
+
+    for name in extend.KINDS.keys() - extend.CODECS:
+        del extend.KINDS[name]
+    extend.FRAMEWORKS.clear()
+    extend.PARTITIONERS.clear()
+
+
 @pytest.fixture(scope="session")
 def shared():
     """`shared("models/gpt2_tokenizer")` is that path beside the project; without it the test is skipped."""

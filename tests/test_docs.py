@@ -36,6 +36,21 @@ def test_each_point_of_a_study_is_a_configuration(path: Path) -> None:
     assert len(configs) == len(study.all_points()) > 0
 
 
+EXTENDING = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL)
+OWN = sorted(ROOT.glob("examples/own_*.py"))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("(")[0])
+def test_code_on_the_page_stands_in_an_example(block: str) -> None:
+    """Which tests/test_examples.py runs."""
+    assert any(block in path.read_text(encoding="utf-8") for path in OWN)
+
+
+def test_every_example_of_an_extension_is_on_the_page() -> None:
+    assert OWN and all(f"(../examples/{path.name})" in EXTENDING for path in OWN)
+
+
 def anchors(page: Path) -> set[str]:
     """GitHub's names of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)

@@ -11,6 +11,9 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "examples"
 SMALL = {
     "own_aggregation.py": [],
+    "own_codec.py": [],
+    "own_framework.py": [],
+    "own_partitioner.py": [],
     "poisoned_site.py": ["--rules", "none", "median", "--rounds", "1", "--sites", "3", "--train", "48"],
 }
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.name not in {*SMALL, "unlike_models.py"})
@@ -27,6 +30,7 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("nothing_added")
 @pytest.mark.parametrize("name", SMALL)
 def test_example_of_a_method_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from . import cli_report, cli_sites, cli_sweep
+from . import cli_export, cli_report, cli_sites, cli_sweep
 from .cli_show import Progress, show, silence, stopped, terminal
 from .errors import ConfigError, FedtrioError
 
@@ -85,14 +85,16 @@ def resume(
     _compare(lambda: load_config(folder / "config.yaml"), folder, as_json, None, jobs)
 
 
-for _command in (
+_COMMANDS = (
     cli_sweep.sweep,
     cli_report.report,
+    cli_export.export,
     cli_sites.certs,
     cli_sites.serve,
     cli_sites.site,
     cli_sites.doctor,
-):
+)
+for _command in _COMMANDS:
     app.command()(_command)
 
 

@@ -7,17 +7,19 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .bench import Bench
 from .checkpoint import write_whole
-from .config import Config, WireConfig
+from .config import Config, WireConfig, flat
 from .config_file import load_config
 from .errors import ConfigError
 from .meter import Meter
 from .run import OnRound, cohort_size
+from .trackers import Trackers
 from .workers import Workers
 
 SCHEMA_VERSION = 1
@@ -50,14 +52,15 @@ def compare(
     tasks = [(*pair, folder.path, record_frames / "{}-{}".format(*pair) if record_frames else None) for pair in todo]
     alone = config.device != "cpu" or config.wire.name == "process"
     jobs = jobs or (1 if alone else config.room)
-    with Workers(config, min(len(todo), jobs)) as workers:
+    with closing(Trackers(config, folder.path)) as trackers, Workers(config, min(len(todo), jobs)) as workers:
         results = {"schema_version": SCHEMA_VERSION, **workers.prepare(prepare), "runs": runs}
         if record_frames is not None:
             _make(record_frames, "--record-frames")
         on_start(results)
         folder.write(results)
-        for entry in workers.results(tasks, on_round):
+        for entry in workers.results(tasks, trackers.watching(on_round)):
             folder.add(results, entry)
+            trackers.finished(entry)
     return results
 
 
@@ -75,7 +78,7 @@ class Folder:
             return []
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            earlier, now = _flat(before["config"]), _flat(self._config.model_dump(mode="json"))
+            earlier, now = flat(before["config"]), flat(self._config.model_dump(mode="json", exclude={"report_to"}))
             runs = before["runs"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} can't be read as results of fedtrio: {error}; choose another --out") from error
@@ -132,7 +135,7 @@ def prepare(bench: Bench) -> dict[str, Any]:
         bench.check_models(method)
         method.admit(bench.model(seed), config.train, sites)
     return {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"report_to"}),  # who is told changes no result
         "environment": environment(config),
         "warnings": warnings_of(bench),
         "data": bench.describe(),
@@ -178,13 +181,6 @@ def environment(config: Config) -> dict[str, Any]:
         "threads": config.threads,
         "precision": config.train.precision,
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _make(folder: Path, option: str) -> None:

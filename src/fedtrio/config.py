@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,14 +15,16 @@ from .coding import Coding, Use, codecs_of
 from .data.load import DataConfig
 from .data.partition import PartitionConfig
 from .errors import ConfigError
-from .frameworks import FRAMEWORKS, KD, PROTOCOLS, Centralized, FedLLM, Local, Split
+from .frameworks import ADDED, FRAMEWORKS, KD, PROTOCOLS, Centralized, FedLLM, Local, Split
 from .frameworks.guards import Guards
 from .frameworks.lab import Framework
 from .models.load import BUILT_IN, pick_device, pick_precision
 from .models.lora import LoraConfig
 from .models.train import TrainConfig
+from .names import or_added
 
-FrameworkName = Literal["fedllm", "kd", "split", "centralized", "local"]
+FrameworkName = Annotated[Literal["fedllm", "kd", "split", "centralized", "local"], *or_added(ADDED)]
+TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow"]
 MOST = 1_000_000  # no count is above it: what is, is a slip of the keyboard, and explodes further on
 
 
@@ -108,6 +110,10 @@ class Config(BaseModel):
         default="eager", description="of transformers; eager is counted exactly"
     )  # no other name: transformers takes them for code to be fetched from the Hub
 
+    report_to: list[TrackerName] = Field(
+        default=[], description="trackers that each run is told to; an extra of the same name installs one"
+    )
+
     _base: Path = PrivateAttr(default_factory=Path)  # folder that relative paths start from
 
     @field_validator("model")
@@ -135,7 +141,7 @@ class Config(BaseModel):
             raise ValueError(str(error)) from error
         return self
 
-    @field_validator("seeds", "frameworks")
+    @field_validator("seeds", "frameworks", "report_to")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) < len(values):
@@ -155,8 +161,9 @@ class Config(BaseModel):
     def framework(self, name: str) -> Framework:
         """The framework of that name with its settings."""
         kd = PROTOCOLS[self.kd.protocol](**dict(self.kd))
-        built = {"fedllm": self.fedllm, "kd": kd, "split": self.split}
-        return built[name] if name in built else {"centralized": Centralized(), "local": Local()}[name]
+        built: dict[str, Framework] = {"fedllm": self.fedllm, "kd": kd, "split": self.split}
+        built |= {"centralized": Centralized(), "local": Local()}
+        return built[name] if name in built else ADDED[name]
 
     def resolved(self) -> Config:
         """The same configuration with every `auto` decided and paths absolute; itself a valid input.
@@ -259,6 +266,14 @@ def refuse_wrong_pairs(
     fedllm.refuse_codecs(coding.up.get("adapter"), coding.down.get("adapter"))
     if lora.by_site:
         fedllm.refuse_mixed_ranks()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def usable_cores() -> int:

@@ -140,7 +140,8 @@ def _explain(
         )
     else:
         shown = re.sub(r"^(Value error|Assertion failed), ", "", fault["msg"])
-        what = f"{name}: {shown}, got {fault['input']!r:.80}" if name else shown
+        near = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault.get("ctx", {}).get("expected", "")))
+        what = f"{name}: {shown}, got {fault['input']!r:.80}{near}" if name else shown
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{_blamed(path, text, loc, given)}: {what}{more}"
 

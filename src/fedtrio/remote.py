@@ -54,7 +54,8 @@ class Settings(BaseModel):
 
 def settings_of(bench: Bench, run_id: str) -> dict[str, Any]:
     """The server's side of `Settings`: the resolved configuration without its data and addresses."""
-    config = bench.config.model_dump(mode="json", exclude={"data", "wire", "device", "clients", "partition"})
+    own = {"data", "wire", "device", "clients", "partition", "report_to"}
+    config = bench.config.model_dump(mode="json", exclude=own)
     config["wire"] = bench.config.wire.model_dump(mode="json", include={"up", "down"})
     if ":" in bench.config.fedllm.aggregation:  # a rule of the server's own is nothing to its sites
         config["fedllm"]["aggregation"] = "fedavg"

@@ -20,6 +20,7 @@ from .errors import ConfigError, FedtrioError, WireError
 from .message import PROTOCOL
 from .remote import settings_of
 from .run import OnRound, run
+from .trackers import Trackers
 from .wires.https import Https
 
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -61,6 +62,7 @@ def serve(
 
     host, port, limit = config.wire.host, config.wire.port, config.wire.max_frame_bytes
     results = {"schema_version": SCHEMA_VERSION, **prepare(bench), "runs": runs}
+    trackers = Trackers(config, out)
     wire = Https(certs, names, welcome, host=host, port=port, limit=limit, on_event=note)
     reason = None  # broken off: sites wait for the server to come back
     try:
@@ -68,13 +70,16 @@ def serve(
         on_start(results, wire)
         _gather(wire, config, folder.missing(runs))
         for framework, seed in folder.missing(runs):
-            folder.add(results, run(config, framework, seed, out, bench, on_round, None, wire))
+            entry = run(config, framework, seed, out, bench, trackers.watching(on_round), None, wire)
+            folder.add(results, entry)
+            trackers.finished(entry)
         reason = ""
     except FedtrioError as error:
         reason = str(error)
         raise
     finally:
         wire.close() if reason is None else wire.finish(reason)
+        trackers.close()
     return results
 
 

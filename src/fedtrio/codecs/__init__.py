@@ -3,5 +3,6 @@
 from .codec import Codec, difference, restore
 from .parse import KINDS, known, parse
 from .parts import Crossing, Spec
+from .stages import Parts, Stage
 
-__all__ = ["KINDS", "Codec", "Crossing", "Spec", "difference", "known", "parse", "restore"]
+__all__ = ["KINDS", "Codec", "Crossing", "Parts", "Spec", "Stage", "difference", "known", "parse", "restore"]

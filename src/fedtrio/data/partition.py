@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from fedtrio.data.load import Rows
 from fedtrio.errors import DataError
+from fedtrio.names import or_added
 
 SEED_TAG = 0x7061  # "pa": keeps this stream apart from others that start from the same seed
 MAX_DRAWS = 1_000
@@ -28,6 +29,8 @@ PARAMETERS = {
     "column": {"min_examples"},
     "length": {"alpha", "variant", "bins", "min_examples"},
 }
+Partitioner = Callable[[Rows, int, np.random.Generator], list[np.ndarray]]
+ADDED: dict[str, Partitioner] = {}  # by users, see `fedtrio.extend`; min_examples is their only parameter
 
 
 class PartitionConfig(BaseModel):
@@ -35,7 +38,7 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: Literal["iid", "dirichlet", "shards", "quantity", "column", "length"] = Field(
+    name: Annotated[Literal["iid", "dirichlet", "shards", "quantity", "column", "length"], *or_added(ADDED)] = Field(
         default="dirichlet",
         description="iid: at random; dirichlet: skewed labels; shards: few labels for each site; "
         "quantity: unequal sizes; column: the natural sites in `data.site`; length: skewed text lengths.",
@@ -58,7 +61,7 @@ class PartitionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _only_its_own_parameters(self) -> PartitionConfig:
-        for field in sorted(self.model_fields_set - {"name"} - PARAMETERS[self.name]):
+        for field in sorted(self.model_fields_set - {"name"} - PARAMETERS.get(self.name, {"min_examples"})):
             users = " or ".join(name for name, fields in PARAMETERS.items() if field in fields)
             raise ValueError(f"partition {self.name!r} has no {field!r} (that belongs to {users}); leave it out")
         return self
@@ -66,7 +69,9 @@ class PartitionConfig(BaseModel):
     @model_serializer(mode="wrap")
     def _write_its_own_parameters(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """What is written can be read again: foreign defaults stay out."""
-        return {k: v for k, v in handler(self).items() if k == "name" or k in PARAMETERS[self.name]}
+        return {
+            k: v for k, v in handler(self).items() if k == "name" or k in PARAMETERS.get(self.name, {"min_examples"})
+        }
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,9 @@ def partition(config: PartitionConfig, rows: Rows, clients: int, seed: int) -> l
         case "dirichlet" | "length":
             keys = length_bins(rows, config.bins) if config.name == "length" else _labels(rows, "dirichlet")
             parts = dirichlet(keys, clients, rng, config.alpha, config.variant, config.min_examples)
+        case own:
+            parts = _checked(ADDED[own](rows, clients, rng), own, len(rows), clients)
+            _check_smallest(parts, config.min_examples, own)
     width = len(str(clients - 1))
     return [Share(f"site-{k:0{width}}", part) for k, part in enumerate(parts)]
 
@@ -245,6 +253,18 @@ def _check_feasible(n: int, clients: int, min_examples: int) -> None:
             f"{clients * min_examples}, there are {n}; feasible: at most {n // min_examples} clients"
             + (f", or min_examples at most {n // clients}" if n >= clients else "")
         )
+
+
+def _checked(parts: Sequence[Any], name: str, n: int, clients: int) -> list[np.ndarray]:
+    """What an added partitioner gave. Raises DataError unless each example lies at one site, and each site has some."""
+    arrays = [np.asarray(part, dtype=np.int64).ravel() for part in parts]
+    times = np.bincount(np.concatenate(arrays), minlength=n) if arrays else np.zeros(n)
+    if len(arrays) != clients or len(times) > n or not (times == 1).all():
+        raise DataError(
+            f"partition {name}: it gave {len(arrays)} parts for {clients} clients, and of {n} examples "
+            f"{int((times[:n] == 0).sum())} to none and {int((times > 1).sum())} to several; each belongs to one"
+        )
+    return _sorted(arrays)
 
 
 def _check_smallest(parts: Sequence[np.ndarray], min_examples: int, name: str) -> None:
