@@ -12,14 +12,14 @@ import re
 from functools import partial
 from pathlib import Path
 
-from fedtrio.report import charts
+from fedtrio.report import curves, holdings, traffic
 from fedtrio.report.page import filled
 
 FIGURES = {
-    "quality-bytes": partial(charts.quality, x="bytes"),
-    "quality-flops": partial(charts.quality, x="flops"),
-    "traffic": charts.traffic,
-    "sites": charts.heatmap,
+    "quality-bytes": partial(curves.quality, x="bytes"),
+    "quality-flops": partial(curves.quality, x="flops"),
+    "traffic": traffic.traffic,
+    "sites": holdings.heatmap,
 }
 
 
