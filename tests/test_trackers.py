@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,14 @@ def wandb(run: Path) -> Told:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    for _ in range(600):  # another process writes it, and ends after we do
+        records = [Record.FromString(data) for data in leveldb_log(file.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            break
+        time.sleep(0.1)
     plain: dict[str, str] = {}
     history: dict[str, dict[int, float]] = {}
-    for data in leveldb_log(file.read_bytes()):
-        record = Record.FromString(data)
+    for record in records:
         items = record.run.config.update, record.history.item
         named, row = ({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in found} for found in items)
         plain |= {key: str(value) for key, value in named.items()}
