@@ -159,7 +159,7 @@ def measure_gpt2(threads: int, repeats: int) -> Iterator[Finding]:
         torch.manual_seed(0)
         transformers.AutoTokenizer.from_pretrained(BUILT_IN["nano"]).save_pretrained(folder)
         transformers.logging.disable_progress_bar()
-        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        still: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         transformers.GPT2Model(transformers.GPT2Config(**still)).save_pretrained(folder)
         few = ("data.max_train=48", "clients=3", "partition={name: iid}")
         yield from ratios("GPT-2 small, ", threads, repeats, f"model={folder}", *few)
