@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_the_slider_by_hand_and_by_keyboard(chromium: browser.Browser, tmp_path:
     """KD-FedLLM: 400 s of computing, of which the heaviest of three sites has half, 4 MB of both ways, likewise."""
     chromium.open(written(tmp_path, render(made_up(sites=3))))
     before = cells(chromium)["kd"]
-    assert before == ["200 s".replace("200 s", "3.3 min"), "0.16 s", "0.30 s", "5 s", "3.4 min"]
+    assert before == ["3.3 min", "0.16 s", "0.30 s", "5 s", "3.4 min"]
     chromium.value("document.getElementById('rate').focus()")
     for _ in range(3):  # 100, 50, 20, 10 Mbit/s
         for kind in ("keyDown", "keyUp"):
@@ -203,8 +204,6 @@ def test_names_for_screen_readers(chromium: browser.Browser, tmp_path: Path) -> 
 
 
 def test_the_page_of_several_runs(chromium: browser.Browser, tmp_path: Path) -> None:
-    import json
-
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(made_up(sites=4)))

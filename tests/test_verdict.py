@@ -81,6 +81,12 @@ def test_one_seed_and_no_test_set_separate_nothing() -> None:
     assert verdict.next_command(results) == 'fedtrio compare … --set "seeds=[0,1,2]"'
 
 
+def test_the_next_seeds_are_the_least_that_are_free() -> None:
+    results = scored(fedllm=[0.9], kd=[0.1])
+    results["config"]["seeds"] = [10**12]  # not a list of as many
+    assert verdict.next_command(results) == f'fedtrio compare … --set "seeds=[{10**12},0,1]"'
+
+
 def test_intervals_by_hand() -> None:
     results = scored(fedllm=[0.50, 0.60, 0.70])
     low, high = verdict.interval(results, tables.summary(results)[0]) or (0, 0)
