@@ -29,6 +29,10 @@ test-slow: install ## checks that take longer
 test-faults: install ## kill, damage and fuzz at length
 	$(BIN)/python -m pytest -m faults
 
+test-engines: install ## over Ray and Flower, which it installs
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ray]'
+	$(BIN)/python -m pytest -m engines
+
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +48,4 @@ bench: install ## overhead and memory against a bare PyTorch loop
 clean: ## remove what was built
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow test-faults lint format bench clean
+.PHONY: help install demo test test-slow test-faults test-engines lint format bench clean
