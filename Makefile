@@ -32,6 +32,10 @@ test-faults: install ## kill, damage and fuzz at length
 test-browser: install ## the pages in a headless Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -m browser -rs tests/test_browser.py
 
+test-engines: install ## over Ray and Flower, which it installs
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ray]'
+	$(BIN)/python -m pytest -m engines
+
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +59,4 @@ bench: install ## overhead and memory against a bare PyTorch loop
 clean: ## remove what was built
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow test-faults test-browser lint format docs bench clean
+.PHONY: help install demo test test-slow test-faults test-browser test-engines lint format docs bench clean

@@ -156,8 +156,9 @@ def server_yaml(folder: Path, **changed: Any) -> Path:
 def test_the_demo_is_well(doctor: Doctor) -> None:
     said = doctor()
     assert said.code == 0 and said.last == "all is well", said.found
-    assert list(said.found) == ["versions", "configuration", "data", "model", "disk", "memory"]
+    assert list(said.found) == ["versions", "configuration", "wire", "data", "model", "disk", "memory"]
     assert {state for all in said.found.values() for state, _ in all} == {"ok"}
+    assert "loopback: all sites in one process" in said.of("wire")[1]
     assert "3509 training, 480 test, 160 public texts, 20 classes; 6 sites by column" in said.of("data")[1]
     assert "nano: 2,594,688 weights in 4 blocks, 59,136 train; cut before block 2" in said.of("model")[1]
 
@@ -322,12 +323,21 @@ def test_proxies(doctor: Doctor, certs: Path, serve: Callable[[str], str], monke
     assert said.code == 0 and "HTTPS_PROXY, NO_PROXY set, and not for this host" in said.of("proxy")[1]
 
 
+# Wire -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wire_whose_package_is_missing(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    doctor("--set", "wire.name=ray").fault("wire", 2, "ray is missing: pip install 'fedtrio[ray]'")
+
+
 # Configuration --------------------------------------------------------------------------------------------------------
 
 
 def test_configuration_of_a_server(doctor: Doctor, certs: Path, tmp_path: Path) -> None:
     said = doctor(server_yaml(tmp_path), "--certs", certs / "server")
     assert said.code == 0 and "sites bank, council at port any" in said.of("configuration")[1]
+    assert "https: sites dial in" in said.of("wire")[1]
     doctor(server_yaml(tmp_path, deadline=None)).warning("configuration", "one slow site holds up every round")
     doctor(server_yaml(tmp_path, min_sites=3)).fault("configuration", 2, "min_sites is 3, but wire.sites lists 2")
     doctor(server_yaml(tmp_path, wire={"port": 0}), "--certs", certs / "server").fault(

@@ -14,11 +14,16 @@ from typing import Any
 
 import psutil
 import pytest
+import tiny
 import torch
 
 from fedtrio.checkpoint import Journal, Memory, pack_tree, unpack_tree
 from fedtrio.compare import compare
 from fedtrio.config_file import load_config
+from fedtrio.errors import ConfigError
+from fedtrio.frameworks import FedLLM
+from fedtrio.ledger import Ledger
+from fedtrio.run import run
 
 SMALL = [
     "data.max_train=90", "data.max_test=20", "data.max_public=16", "rounds=3", "threads=1", "train.precision=fp32",
@@ -203,6 +208,46 @@ def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedtrio.cli", "resume", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "no run folder" in done.stderr and len(done.stderr.splitlines()) <= 2
+
+
+# Sites whose memory is kept elsewhere ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_site_made_anew_each_round_is_the_same_site(tmp_path: Path, on_disk: bool) -> None:
+    """As after the death of its worker: what it has learnt is kept, packed, and brought to the next one."""
+    method = FedLLM(keep_optimizer=True)
+    whole = tiny.play(method, tiny.adapted("gpt2"), sizes=(5, 3), n=3)
+    lab = tiny.lab(tiny.adapted("gpt2"), rounds=3)
+    state, ledger = method.setup(lab), Ledger()
+    kept = {f"site-{n}": Memory(tmp_path / str(n) if on_disk else None) for n in (1, 2)}
+    for round in (1, 2, 3):
+        sites, wire = tiny.federation(method, lab, (5, 3))
+        for name, site in sites.items():
+            site.recall(kept[name].saved())
+        tiny.rounds(method, lab, wire, 1, ledger, state)
+        for name, site in sites.items():
+            learnt = site.learnt()
+            kept[name].add(round, learnt)
+            assert len(learnt) > 1000 and site.learnt() == b""  # moments are in it; and it is told once
+    assert tiny.same(whole.state["adapter"], state["adapter"])
+    assert [sorted(memory.saved()) for memory in kept.values()] == [[2, 3], [2, 3]]
+    forgetful = tiny.play(FedLLM(), tiny.adapted("gpt2"), sizes=(5, 3), n=3)
+    assert not tiny.same(forgetful.state["adapter"], state["adapter"])
+
+
+def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"ray is missing: pip install 'fedtrio\[ray\]'"):
+        run(config("wire.name=ray", "clients=1"), "fedllm")
+    with pytest.raises(ConfigError, match="'CPU' is no resource of Ray; did you mean 'num_cpus'"):
+        config("wire={name: ray, resources: {CPU: 2}}")
+
+
+def test_a_run_may_go_on_over_another_wire(tmp_path: Path) -> None:
+    compare(config("rounds=1", "frameworks=[fedllm]"), tmp_path)
+    other = "wire={name: ray, workers: 4, address: 'head:6379', resources: {num_gpus: 1, special: 2}}"
+    assert compare(config("rounds=1", "frameworks=[fedllm]", other), tmp_path)["runs"][0]["rounds"] == 1  # kept
 
 
 # The journal ----------------------------------------------------------------------------------------------------------

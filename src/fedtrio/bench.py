@@ -202,7 +202,7 @@ class Bench:
             if names is None or share.name in names:
                 own = self.at(method, share.name)
                 examples = own.encoded["train"].take(share.indices)
-                place = folder / "sites" / str(number) if folder else None
+                place = place_of(folder, number)
                 sites[share.name] = own.site(share.name, examples, method, lab.of_site(share.name), meter, place)
         return sites
 
@@ -218,13 +218,19 @@ class Bench:
         def conclude(site: Site) -> Mapping[str, float]:
             memory = {"process_peak_bytes": peak_memory()} if self.alone else {}
             own = method.own_adapter(lab, site)
-            if own is not None and folder and method.adapter(lab, method.setup(lab)) is None:
-                lab.model.save(own, folder / "adapter")
+            if folder:
+                self.save_own(method, lab, site, folder)
             scores = self.evaluate(lab, own).facts() if own is not None and len(self.encoded["test"]) else {}
             return scores | memory
 
-        memory, coding = Memory(folder / "memory" if folder else None), self.config.wire.coding(lab.seed)
-        return Site(name, data, method, lab, meter, memory, conclude, coding)
+        coding = self.config.wire.coding(lab.seed)
+        return Site(name, data, method, lab, meter, memory_at(folder), conclude, coding)
+
+    def save_own(self, method: Framework, lab: Lab, site: Any, folder: Path) -> None:
+        """Write the model that a site keeps to itself, found in `site.memory`, where the run leaves no common one."""
+        own = method.own_adapter(lab, site)
+        if own is not None and method.adapter(lab, method.setup(lab)) is None:
+            lab.model.save(own, folder / "adapter")
 
     def evaluate(self, lab: Lab, adapter: Adapter) -> Scores:
         """Score an adapter on the test set."""
@@ -246,3 +252,13 @@ class Bench:
             "truncated": sum(examples.truncated for examples in self.encoded.values()),
             "partitions": partitions,
         }
+
+
+def place_of(folder: Path | None, number: int) -> Path | None:
+    """A site's own folder in a run's folder; without one it has none."""
+    return folder / "sites" / str(number) if folder else None
+
+
+def memory_at(place: Path | None) -> Memory:
+    """The memory of the site whose folder that is."""
+    return Memory(place / "memory" if place else None)

@@ -185,3 +185,16 @@ class Memory:
         earlier = [r for r in self._versions if r < round]
         groups, facts = self._versions[max(earlier)] if earlier else ({}, {})
         return dict(groups), dict(facts)
+
+    def saved(self) -> dict[int, bytes]:
+        """The versions, packed, by round: for another process, whose memory takes them by `add`."""
+        if self._journal is None:
+            return {round: pack_tree(*version) for round, version in self._versions.items()}
+        found: dict[int, bytes] = {}
+        while (version := self._journal.latest(min(found, default=None))) is not None:
+            found[version[0]] = pack_tree(*version[1:])
+        return dict(sorted(found.items()))
+
+    def add(self, round: int, version: bytes) -> None:
+        """Keep a version that another process has packed. Raises ValueError where it is none."""
+        self.commit(round, *unpack_tree(version))

@@ -50,7 +50,7 @@ def compare(
     runs = folder.finished()
     todo = folder.missing(runs)
     tasks = [(*pair, folder.path, record_frames / "{}-{}".format(*pair) if record_frames else None) for pair in todo]
-    alone = config.device != "cpu" or config.wire.name == "process"
+    alone = config.device != "cpu" or config.wire.name != "loopback"
     jobs = jobs or (1 if alone else config.room)
     with closing(Trackers(config, folder.path)) as trackers, Workers(config, min(len(todo), jobs)) as workers:
         results = {"schema_version": SCHEMA_VERSION, **workers.prepare(prepare), "runs": runs}
@@ -82,8 +82,8 @@ class Folder:
             runs = before["runs"]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} can't be read as results of fedtrio: {error}; choose another --out") from error
-        carrier = {f"wire.{key}" for key in WireConfig.model_fields.keys() - {"up", "down"}}  # it changes no result
-        keys = (earlier.keys() | now.keys()) - carrier
+        carrier = {("wire", key) for key in WireConfig.model_fields.keys() - {"up", "down"}}  # it changes no result
+        keys = {key for key in earlier.keys() | now.keys() if tuple(key.split(".")[:2]) not in carrier}
         differing = sorted(key for key in keys if earlier.get(key) != now.get(key))
         if differing:
             shown = ", ".join(f"{key} ({earlier.get(key)} there, {now.get(key)} here)" for key in differing[:4])

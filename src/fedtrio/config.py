@@ -33,14 +33,24 @@ class WireConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: Literal["loopback", "process"] = Field(
-        default="loopback", description="loopback: all sites in this process; process: sites in worker processes"
+    name: Literal["loopback", "process", "ray"] = Field(
+        default="loopback",
+        description="sites in this process (loopback), in worker processes (process), in a Ray cluster (ray)",
     )
     workers: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="process: how many; null: as many as the cores allow with `threads` each",
+        description="process, ray: how many; null: as many as the cores allow with `threads` each",
+    )
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="ray: a cluster's host:port, or auto for one that runs here; null: one of this machine alone",
+    )
+    resources: dict[str, Annotated[float, Field(ge=0, le=10**15)]] | None = Field(
+        default=None,
+        description="ray: what a worker asks for: num_cpus (default: `threads`), num_gpus, memory, the cluster's own",
     )
     up: str | dict[Use, str] = Field(
         default="none", description="codec of what sites send, as topk:0.1+int8, or one for each use"
@@ -55,6 +65,15 @@ class WireConfig(BaseModel):
         default=1 << 30, ge=1 << 16, le=10**12, description="serve: the longest message of a site"
     )
 
+    @field_validator("resources")
+    @classmethod
+    def _rays_own_names(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for name in value or ():
+            unit = name.lower().removeprefix("num_").removesuffix("s")
+            if unit in ("cpu", "gpu") and name != f"num_{unit}s":
+                raise ValueError(f"{name!r} is no resource of Ray; did you mean 'num_{unit}s'?")
+        return value
+
     @model_validator(mode="after")
     def _known_codecs(self) -> WireConfig:
         try:
@@ -62,6 +81,10 @@ class WireConfig(BaseModel):
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def asks(self, threads: int | None) -> dict[str, float]:
+        """What a worker of Ray asks of its node."""
+        return {"num_cpus": threads or 1, **(self.resources or {})}
 
     def coding(self, seed: int) -> Coding:
         """The codecs of a run."""

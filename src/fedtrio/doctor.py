@@ -87,12 +87,13 @@ def _site(patient: Patient) -> Found:
 
 def _server_or_all(patient: Patient) -> Found:
     """A server's configuration, or that of a comparison on this machine. ConfigError, ModelError for the device."""
-    from .checks import data
+    from .checks import data, wire
     from .config_file import load_config
 
     config = load_config(patient.config, patient.settings).resolved()
     serving = config.wire.sites is not None or patient.certs is not None
     yield from _safe("configuration", _configuration(patient, config, serving))
+    yield from _safe("wire", wire.wire(config, serving))
     seen = Seen(config.task, len(config.data.labels or ()) or 2, 0 if serving else config.clients)
     yield from _safe("data", data.server_data(config, seen) if serving else data.all_data(config, seen))
     yield from _machine(patient, config, seen, True)

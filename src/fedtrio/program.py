@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from .checkpoint import Memory
+from .checkpoint import Memory, pack_tree
 from .codecs import Crossing
 from .coding import Coding
 from .errors import MessageError, QuorumError
@@ -79,6 +79,7 @@ class Site:
         self._step = 0
         self._known: int | None = None  # the last round that `memory` has seen; None: it is still to be looked up
         self._settled = True  # whether that round was ended
+        self._fresh = False  # whether what it left in memory is still to be `learnt`
         self._dialogue: Generator[Message, Reply, Message] | None = None
 
     def answer(self, frame: bytes) -> bytes:
@@ -93,8 +94,8 @@ class Site:
             message = self._coding.write(message, at, self._start, self.memory)
             self._step += 1
         if done:
-            self._versions.commit(self.round, self.memory, {"effort": self._meter.effort(self.name).spent()})
-            self._settled = True
+            self._versions.commit(self.round, self.memory, self._facts)
+            self._settled = self._fresh = True
         reply = encode(message, self.round, done)
         self.bytes_out += len(reply)
         return reply
@@ -102,6 +103,20 @@ class Site:
     def reset(self) -> None:
         """A round starts: forget the dialogue of one that this site did not end."""
         self._dialogue = None
+
+    def recall(self, versions: Mapping[int, bytes]) -> None:
+        """Begin with what was kept of this site's memory elsewhere, by round, as `learnt` has given it."""
+        for round in sorted(versions):
+            self._versions.add(round, versions[round])
+
+    def learnt(self) -> bytes:
+        """The memory as a round has left it, packed, to be kept elsewhere; empty where nothing is new."""
+        fresh, self._fresh = self._fresh, False
+        return pack_tree(self.memory, self._facts) if fresh else b""
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return {"effort": self._meter.effort(self.name).spent()}
 
     def _advance(self, received: Reply) -> tuple[Message, bool]:
         message: Reply | None = received

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from .bench import Bench
+from .bench import Bench, memory_at, place_of
 from .checkpoint import Journal, append_line, write_whole
-from .config import Config
+from .config import Config, usable_cores
 from .errors import MessageError, QuorumError, WireError
 from .evaluate import Scores
 from .frameworks.lab import Framework, Lab, ServerProgram, State
@@ -24,6 +25,7 @@ from .program import ACCOUNT, CONCLUDE, Site, Wire, ask, drive
 from .result import costs, mean_of, save, shown, spent
 from .wires.loopback import Loopback
 from .wires.process import Process
+from .wires.ray import Ray
 
 OnRound = Callable[[str, int, Mapping[str, Any]], None]  # framework, seed, entry of the curve
 
@@ -51,27 +53,26 @@ def run(
     lab = bench.lab(method, seed, meter)
     wire = remote or _wire(bench, framework, lab, meter, folder)
     lab.abreast = wire.abreast
-    done = Progress.of(method, lab, folder, record_frames)
-    _meet(config, method, lab, wire, done, name)
-    for entry in done.curve:
-        on_round(framework, seed, entry)
-    for lab.round in range(done.round + 1, config.rounds + 1):
-        start = time.perf_counter()
-        lost = _round(bench, method, lab, wire, done, name)
-        done.round_seconds += time.perf_counter() - start
-        adapter = method.adapter(lab, done.state)
-        scores = bench.evaluate(lab, adapter) if adapter is not None else None
-        if config.deadline is not None:  # the round's may have passed, and questions come after it
-            wire.start_round(name, lab.round, config.deadline)
-        done.efforts |= ask(wire, ACCOUNT, sorted(set(wire.sites) - set(lost)), lab.round)
-        told = {name: float(value) for name, value in done.state.get("diagnostics", {}).items()}
-        counted = spent(method, done.ledger, done.efforts)
-        counted["server_seconds"] = round(done.server_seconds, 3)
-        done.commit(lab.round, {**shown(scores, config.task), **counted, **told})
-        if lab.round < config.rounds or adapter is not None:
-            on_round(framework, seed, done.curve[-1])
-
     try:
+        done = Progress.of(method, lab, folder, record_frames)
+        _meet(config, method, lab, wire, done, name)
+        for entry in done.curve:
+            on_round(framework, seed, entry)
+        for lab.round in range(done.round + 1, config.rounds + 1):
+            start = time.perf_counter()
+            lost = _round(bench, method, lab, wire, done, name)
+            done.round_seconds += time.perf_counter() - start
+            adapter = method.adapter(lab, done.state)
+            scores = bench.evaluate(lab, adapter) if adapter is not None else None
+            if config.deadline is not None:  # the round's may have passed, and questions come after it
+                wire.start_round(name, lab.round, config.deadline)
+            done.efforts |= ask(wire, ACCOUNT, sorted(set(wire.sites) - set(lost)), lab.round)
+            told = {name: float(value) for name, value in done.state.get("diagnostics", {}).items()}
+            counted = spent(method, done.ledger, done.efforts)
+            counted["server_seconds"] = round(done.server_seconds, 3)
+            done.commit(lab.round, {**shown(scores, config.task), **counted, **told})
+            if lab.round < config.rounds or adapter is not None:
+                on_round(framework, seed, done.curve[-1])
         return _entry(bench, method, lab, wire, done, out, name, on_round)
     finally:
         if remote is None:
@@ -107,7 +108,7 @@ def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress
             coding = config.wire.coding(lab.seed)
             lost = drive(program, wire, lab.round, done.ledger, check, refuse, config.min_sites, coding, len(cohort))
         except QuorumError:
-            if isinstance(wire, Loopback | Process):
+            if isinstance(wire, Loopback | Process | Ray):
                 raise
             with contextlib.suppress(WireError):
                 wire.wait_for(min(config.min_sites, len(cohort)), config.deadline)
@@ -148,10 +149,21 @@ def _entry(
     result |= {"curve": done.curve, "events": done.events}
     if out is not None:
         shipped = method.shipped(lab, done.state) if adapter is not None else None
+        if isinstance(wire, Ray):
+            _save_own(bench, method, lab, out / name)
         result |= save(lab, shipped, unlike, list(examples), out, name)
         lines = done.ledger.lines(framework=framework, seed=lab.seed) if method.federated else []
         write_whole(out / name / "ledger.jsonl", "".join(line + "\n" for line in lines).encode())
     return result
+
+
+def _save_own(bench: Bench, method: Framework, lab: Lab, folder: Path) -> None:
+    """Workers elsewhere have no run folder: what sites keep to themselves is written from their memories here."""
+    for number, share in enumerate(bench.roster(method, lab.seed)):
+        place = place_of(folder, number)
+        memory, _ = memory_at(place).before(lab.rounds + 1)
+        site = SimpleNamespace(memory=memory)
+        bench.at(method, share.name).save_own(method, lab.of_site(share.name), site, place)
 
 
 def _wire(bench: Bench, framework: str, lab: Lab, meter: Meter, folder: Path | None) -> Wire:
@@ -160,8 +172,13 @@ def _wire(bench: Bench, framework: str, lab: Lab, meter: Meter, folder: Path | N
     if config.wire.name == "loopback":
         return Loopback(bench.sites(method, lab, meter, folder))
     names = [share.name for share in bench.roster(method, lab.seed)]
-    make = partial(sites_of_worker, config, framework, lab.seed, folder)
-    return Process(make, names, config.wire.workers or config.room, preload=("fedtrio.run", "peft"))
+    if config.wire.name == "process":
+        make = partial(sites_of_worker, config, framework, lab.seed, folder)
+        return Process(make, names, config.wire.workers or config.room, preload=("fedtrio.run", "peft"))
+    memories = {name: memory_at(place_of(folder, number)) for number, name in enumerate(names)}
+    make = partial(sites_of_worker, config, framework, lab.seed, None)
+    asked = config.wire.asks(config.threads)
+    return Ray(make, memories, config.wire.workers, asked, config.wire.address, usable_cores())
 
 
 def sites_of_worker(
