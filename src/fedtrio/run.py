@@ -160,7 +160,7 @@ def _entry(
 def _save_own(bench: Bench, method: Framework, lab: Lab, folder: Path) -> None:
     """Workers elsewhere have no run folder: what sites keep to themselves is written from their memories here."""
     for number, share in enumerate(bench.roster(method, lab.seed)):
-        place = place_of(folder, number)
+        place = folder / "sites" / str(number)
         memory, _ = memory_at(place).before(lab.rounds + 1)
         site = SimpleNamespace(memory=memory)
         bench.at(method, share.name).save_own(method, lab.of_site(share.name), site, place)
