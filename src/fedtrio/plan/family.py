@@ -7,7 +7,8 @@ are built and counted, whatever the depth. Where blocks differ, or the adapter's
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+import json
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import ConfigError, FedtrioError, ModelError, did_you_mean
 from ..models.cut import WHOLE, Span, find_blocks
 from ..models.load import Task
 from ..models.lora import LoraConfig
-from .quantity import Quantity
+from .quantity import Quantity, shapes
 from .weightless import Ghost, How, Weightless
 
 FEW = 2  # blocks that are built where all are alike
@@ -52,8 +53,10 @@ class Family:
             lora = self.lora.model_copy(update={"r": rank, "capacity": None})
             try:
                 ghost = Ghost(base, lora, self.task, self.precision, self.pad_to_multiple_of)
-            except (RuntimeError, NotImplementedError) as error:
-                raise _data_dependent(self.config, error) from error
+            except FedtrioError:
+                raise
+            except Exception as error:  # whatever a model of another kind may raise
+                raise _uncounted(self.config, error) from error
             self._models[rank] = Weightless(ghost, depth, names[0], self)
         return self._models[rank]
 
@@ -79,52 +82,47 @@ class Family:
             if len(by_rank) >= 2 and how.frozen != "AB":
                 (r, first), (s, second) = list(by_rank.items())[:2]
                 share = Fraction(model.rank - r, s - r)
-                by_rank[model.rank] = _sum((1 - share, first), (share, second))
+                by_rank[model.rank] = _plus(first, (share, second), (-share, first))
             else:
                 by_rank[model.rank] = self._of_span(model, span, how)
         return by_rank[model.rank]
 
     def _of_span(self, model: Weightless, span: Span, how: How) -> Three:
         """With a few blocks counted, what any number of them costs: each after the first costs the same."""
-        start, stop = span
         depth, few = model.depth, model.ghost.depth
         if depth == few:
             return self._counted(model, span, how)
-        if span == WHOLE:
-            more = _sum((1, self._counted(model, (-1, 2), how)), (-1, self._counted(model, (-1, 1), how)))
-            return _sum((1, self._counted(model, WHOLE, how)), (depth - few, more))
-
-        def of_blocks(n: int) -> Three:
-            if stop is None:
-                return self._counted(model, (few - n, None), how)
-            return self._counted(model, (min(start, 0), n), how)
-
+        start, stop = span
         blocks = (depth if stop is None else stop) - max(start, 0)
-        if not blocks:
-            return of_blocks(0)
-        one, two = of_blocks(1), of_blocks(2)
-        return _sum((1, one), (blocks - 1, _sum((1, two), (-1, one))))
+        one, two = self._counted(model, (-1, 1), how), self._counted(model, (-1, 2), how)
+        if span == WHOLE:  # the first block, the last one with the head, and those in between
+            above = replace(how, below=bool(model.ghost.part(model.ghost.initial, (-1, 1))))
+            head = self._counted(model, (few - 1, None), above)
+            return _plus(one, (1, head), (blocks - 2, two), (2 - blocks, one))
+        some = min(blocks, 1)
+        short: Span = (few - some, None) if stop is None else (min(start, 0), some)
+        first = self._counted(model, short, how)
+        return _plus(first, (blocks - some, two), (some - blocks, one))
 
     def _counted(self, model: Weightless, span: Span, how: How) -> Three:
         unit = self.pad_to_multiple_of
-        first, *others = (4, 6, 9) if unit == 1 else (unit, 2 * unit, 3 * unit)
-        shapes = [(2, first), *((2, T) for T in others), (3, first)]
+        widths = (4, 6, 9) if unit == 1 else (unit, 2 * unit, 3 * unit)
         try:
-            found = {shape: model.ghost.count(shape, span, how) for shape in shapes}
-        except (RuntimeError, NotImplementedError) as error:
-            raise _data_dependent(self.config, error) from error
+            found = {shape: model.ghost.count(shape, span, how) for shape in shapes(widths)}
+        except Exception as error:  # as above
+            raise _uncounted(self.config, error) from error
         return (
-            Quantity.through({shape: cost.flops for shape, (cost, _) in found.items()}),
-            Quantity.through({shape: cost.saved_bytes for shape, (cost, _) in found.items()}),
-            Quantity.through({shape: backward for shape, (_, backward) in found.items()}),
+            Quantity.through(widths, {shape: cost.flops for shape, (cost, _) in found.items()}),
+            Quantity.through(widths, {shape: cost.saved_bytes for shape, (cost, _) in found.items()}),
+            Quantity.through(widths, {shape: backward for shape, (_, backward) in found.items()}),
         )
 
 
-def _sum(*parts: tuple[Fraction | int, Three]) -> Three:
-    first, *rest = [tuple(q.times(factor) for q in three) for factor, three in parts]
-    for three in rest:
-        first = tuple(a + b for a, b in zip(first, three, strict=True))
-    return first  # type: ignore[return-value]
+def _plus(three: Three, *more: tuple[Fraction | int, Three]) -> Three:
+    """three + Σ factor · other."""
+    for factor, other in more:
+        three = tuple(q.plus(r, factor) for q, r in zip(three, other, strict=True))  # type: ignore[assignment]
+    return three
 
 
 def _shorten(config: Any, depth: int, few: int) -> None:
@@ -152,29 +150,42 @@ def _built(config: Any, task: Task) -> torch.nn.Module:
     return base
 
 
-def _data_dependent(config: Any, error: Exception) -> ModelError:
+def _uncounted(config: Any, error: Exception) -> ModelError:
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return ModelError(
-        f"a model of type {config.model_type} can't be counted without values, as where each token chooses its "
-        f"experts: {type(error).__name__}"
+        f"a model of type {config.model_type} can't be counted on shapes alone: it must be an encoder or a decoder "
+        f"that costs the same whatever its tokens are, unlike a mixture of experts. Said there: {said}"
     )
+
+
+def described(shape: Mapping[str, Any]) -> Any:
+    """The configuration (transformers') of a shape in its own words. Raises ConfigError for words that it lacks."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    rest = dict(shape)
+    kind = rest.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        near = did_you_mean(str(kind), CONFIG_MAPPING.keys())
+        raise ConfigError(
+            f"a shape's model_type is one that transformers knows, as llama, gpt2 or bert, not {kind!r}{near}"
+        )
+    usual = AutoConfig.for_model(kind)
+    known = {*usual.to_dict(), *type(usual).attribute_map}
+    for word in rest:
+        if word not in known:
+            raise ConfigError(f"a shape of {kind} has no {word!r}{did_you_mean(word, sorted(known))}")
+    try:
+        return AutoConfig.for_model(kind, **rest)
+    except Exception as error:  # of whichever library checks the values
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"a {kind} can't have this shape: {said}") from error
 
 
 @lru_cache(maxsize=8)
-def family(
-    configuration: str, kind: str, task: Task, labels: int, lora: str, precision: str, pad_to_multiple_of: int
-) -> Family:
-    """One for all that ask for the same; `configuration` and `lora` as JSON, `kind` the model type."""
-    import json
-
+def family(configuration: str, task: Task, labels: int, lora: str, precision: str, pad_to_multiple_of: int) -> Family:
+    """One for all that ask for the same; `configuration` and `lora` as JSON, the rank left out of account."""
     from transformers import AutoConfig
 
     settings = json.loads(configuration)
-    settings.pop("model_type", None)
-    return Family(
-        AutoConfig.for_model(kind, **settings),
-        task,
-        labels,
-        LoraConfig.model_validate_json(lora),
-        precision,
-        pad_to_multiple_of,
-    )
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return Family(config, task, labels, LoraConfig.model_validate_json(lora), precision, pad_to_multiple_of)

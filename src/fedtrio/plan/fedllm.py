@@ -74,7 +74,7 @@ def _train(site: Place, method: FedLLM, round: int, expected: Mapping[str, Tenso
         frozen = "A" if site.lab.round % 2 else "B"
     data = replace(site.data, epochs=1) if method.upload == "gradients" else site.data
     place = replace(site, data=data)
-    place.fit({**own, **expected}, place.loads(round), How(frozen))
+    place.fit({**own, **expected}, place.loads(round), How(frozen, rank=site.lab.rank(site.name)))
 
 
 def _seeds(run: Rehearsal, method: FedLLM, cohort: Sequence[str]) -> None:

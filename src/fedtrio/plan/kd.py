@@ -56,7 +56,8 @@ def _site(run: Rehearsal, method: KD, site: Place) -> bool:
 
 def _student(run: Rehearsal, method: KD, lab: Lab, sites: int) -> None:
     """The server's work: its student learns from the aggregate; all sites' logits are held meanwhile."""
-    server, held = run.server, (sites + 1) * logits_spec(lab).bytes
+    server = run.server  # what the sites sent, and of dense logits the sum in fp64 and the teacher
+    held = sites * sum(spec.bytes for spec in _logits(method, lab, None).values()) + 3 * logits_spec(lab).bytes
     learns = bool(method.server_epochs)
     with server.meter.at(server.name):
         if method.protocol == "fedmkt" and learns and (method.distill_weight or method.public_weight):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..bench import Bench
+from ..coding import Coding
 from ..config import Config
 from ..data.batches import Encoded
 from ..data.private import PrivateData
@@ -22,8 +22,8 @@ from ..models.load import configuration, resolve
 from ..result import costs
 from ..run import cohort_size, sample
 from . import fedllm, kd, split
-from .family import family
-from .rehearsal import Costs, DryLab, Place, Rehearsal
+from .family import described, family
+from .rehearsal import SERVER, Costs, DryLab, Place, Rehearsal
 from .weightless import Weightless
 
 COUNTS = Costs()  # of all models, so that another prediction finds what was counted for an earlier one
@@ -76,6 +76,8 @@ def _entry(
     exact = "upper bound" if run.bounds else "exact"
     entry["how"] = {"bytes": exact, "client_flops": "counted", "client_peak_bytes": "modelled"}
     entry["how"] |= {"server_flops": "counted", "server_peak_bytes": "modelled"}
+    if config.attn_implementation != "eager":
+        entry["how"] |= dict.fromkeys(("client_flops", "server_flops"), "counted as for eager attention")
     return {"framework": name, "seed": seed, "rounds": config.rounds, **entry, "bounds": sorted(run.bounds)}
 
 
@@ -83,31 +85,38 @@ def rehearse(
     config: Config, method: Framework, seed: int, bench: Bench | None, assumed: Assumed | None,
     shape: Mapping[str, Any] | None,
 ) -> Rehearsal:  # fmt: skip
-    """All rounds of one run."""
-    server_meter, meter = Meter(COUNTS), Meter(COUNTS)  # type: ignore[arg-type]
+    """All rounds of one run. Raises ConfigError for what is not predicted, and for settings that don't fit."""
+    if isinstance(method, Split) and method.cut == "auto":
+        raise ConfigError("split.cut auto is not predicted, as it is chosen on the model itself: name a cut")
+    meter = Meter(COUNTS)
     lab = _lab(config, seed, bench, assumed, shape)
     for cut in method.cuts(lab.model.depth):
         check_cut(cut, lab.model.depth)
-    sites = {}
-    for share, examples in _holdings(config, method, seed, bench, assumed):
-        data = PrivateData(
-            examples,
-            share,
-            seed,
-            config.train.batch_size,
-            config.train.epochs,
-            lab.pad_id,
-            config.train.group_by_length,
-        )
-        sites[share] = Place(share, lab, data, meter)
+    sites, train = {}, config.train
+    for name, indices in _holdings(config, method, seed, bench, assumed):
+        own, its_lab = bench and bench.at(method, name), lab
+        if (unlike := method.model_of(name)) is not None:
+            other = config.model_copy(update={"model": unlike[0], "lora": unlike[1] or config.lora})
+            its_lab = _lab(other, seed, own, assumed, None)
+        examples = own.encoded["train"].take(indices) if own else _texts(its_lab, len(indices), assumed or Assumed())
+        data = PrivateData(examples, name, seed, train.batch_size, train.epochs, lab.pad_id, train.group_by_length)
+        sites[name] = Place(name, its_lab, data, meter)
     names = sorted(sites)
     method.check_sites(names, cohort_size(len(names), config.participation))
+    method.admit(lab.model, train, names)
     lab.sites, lab.ranks = names, config.lora.ranks(names) if method.federated else {}
-    server = Place("server", lab, PrivateData(lab.public, "server", seed, 1, 0, lab.pad_id), server_meter)
-    run = Rehearsal(lab, sites, server, config.wire.coding(seed))
+    return play(method, lab, sites, config.wire.coding(seed), config.rounds, config.participation)
+
+
+def play(
+    method: Framework, lab: DryLab, sites: Mapping[str, Place], coding: Coding, rounds: int, participation: float = 1.0
+) -> Rehearsal:
+    """All rounds with these sites."""
+    data = PrivateData(lab.public, SERVER, lab.seed, 1, 0, lab.pad_id)
+    run = Rehearsal(lab, dict(sites), Place(SERVER, lab, data, Meter(COUNTS)), coding)
     state = fedllm.setup(run, method) if isinstance(method, FedLLM) else {}
-    for lab.round in range(1, config.rounds + 1):
-        cohort = sample(names, config.participation, seed, lab.round)
+    for lab.round in range(1, rounds + 1):
+        cohort = sample(list(sites), participation, lab.seed, lab.round)
         match method:
             case FedLLM():
                 fedllm.round(run, method, state, cohort)
@@ -117,7 +126,7 @@ def rehearse(
                 split.round(run, method, cohort)
             case Local():
                 for name in cohort:
-                    with meter.at(name):
+                    with sites[name].meter.at(name):
                         sites[name].fit(lab.model.initial, sites[name].loads(lab.round))
     return run
 
@@ -126,41 +135,37 @@ def _lab(
     config: Config, seed: int, bench: Bench | None, assumed: Assumed | None, shape: Mapping[str, Any] | None
 ) -> DryLab:
     """Settings, model and public set of a run."""
-    model = model_of(config, len(bench.corpus.labels) if bench else (assumed or Assumed()).classes, shape)
-    public = bench.encoded["public"] if bench else _texts(config, (assumed or Assumed()).public, assumed or Assumed())
+    given = assumed or Assumed()
+    model = model_of(config, len(bench.corpus.labels) if bench else given.classes, shape)
     pad = bench.tokenizer.pad_token_id if bench else 0
-    return DryLab(model, config.train, public, seed, config.rounds, pad, abreast=1, guards=config.guards)
+    public = bench.encoded["public"] if bench else Encoded([], None)
+    lab = DryLab(model, config.train, public, seed, config.rounds, pad, abreast=1, guards=config.guards)
+    return lab if bench else replace(lab, public=_texts(lab, given.public, given))
 
 
 def model_of(config: Config, labels: int, shape: Mapping[str, Any] | None = None) -> Weightless:
-    """The configuration's model without its weights."""
-    found = dict(shape) if shape else configuration(resolve(config.model, config.base)).to_dict()
-    kind = found.get("model_type")
-    if not isinstance(kind, str):
-        raise ConfigError("a model's shape needs its model_type, as llama, gpt2 or bert")
-    lora = config.lora.model_copy(update={"r": config.lora.rank, "capacity": None})
-    alike = lora.model_copy(update={"r": 8}).model_dump_json()
-    text = json.dumps(found, default=str, sort_keys=True)
-    train = config.train
-    kin = family(text, kind, config.task, labels, alike, train.precision, train.pad_to_multiple_of)
-    return kin.model(lora.rank)
+    """The configuration's model without its weights, or one of that shape. Raises ConfigError, ModelError."""
+    found = described(shape) if shape else configuration(resolve(config.model, config.base))
+    train, lora = config.train, config.lora.model_copy(update={"r": 8, "capacity": None})
+    given = (found.to_json_string(use_diff=False), config.task, labels, lora.model_dump_json())
+    return family(*given, train.precision, train.pad_to_multiple_of).model(config.lora.rank)
 
 
 def _holdings(
     config: Config, method: Framework, seed: int, bench: Bench | None, assumed: Assumed | None
-) -> Sequence[tuple[str, Encoded]]:
-    """Sites and their examples."""
+) -> Sequence[tuple[str, Sequence[int]]]:
+    """Sites and their examples, by number."""
     if bench is not None:
-        return [(share.name, bench.encoded["train"].take(share.indices)) for share in bench.roster(method, seed)]
-    assert assumed is not None
-    clients = 1 if method.pooled else config.clients
-    number = assumed.examples * (config.clients if method.pooled else 1)
+        return [(share.name, share.indices.tolist()) for share in bench.roster(method, seed)]
+    number = (assumed or Assumed()).examples
+    if method.pooled:
+        return [("site-1", range(number * config.clients))]
     width = len(str(config.clients))
-    return [(f"site-{i + 1:0{width}}", _texts(config, number, assumed)) for i in range(clients)]
+    return [(f"site-{i + 1:0{width}}", range(number)) for i in range(config.clients)]
 
 
-def _texts(config: Config, number: int, assumed: Assumed) -> Encoded:
-    """So many texts of one length; in causal-lm every token is a target."""
-    ids = np.ones(min(assumed.tokens, config.train.max_length), dtype=np.int64)
-    targets = np.zeros(number, dtype=np.int64) if config.task == "classification" else [ids] * number
+def _texts(lab: DryLab, number: int, assumed: Assumed) -> Encoded:
+    """So many texts of one length, as long as the model reads; in causal-lm every token is a target."""
+    ids = np.ones(min(assumed.tokens, lab.model.reads or assumed.tokens, lab.train.max_length), dtype=np.int64)
+    targets = np.zeros(number, dtype=np.int64) if lab.model.task == "classification" else [ids] * number
     return Encoded([ids] * number, targets)

@@ -71,7 +71,7 @@ def _of(text: str, what: str, known: Mapping[str, Any], usual: str) -> Any:
     if "=" not in text:
         near = did_you_mean(text.lower(), known)
         raise ConfigError(
-            f"{what} {text!r} is unknown{near}; there are {', '.join(known)}, or {names[0]}=… of your own"
+            f"{what} {text!r} is unknown{near} (there are {', '.join(known)}, or {names[0]}=… of your own)"
         )
     given = {}
     for part in text.split(","):

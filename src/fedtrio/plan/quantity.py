@@ -6,32 +6,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+Terms = tuple[Fraction, Fraction, Fraction, Fraction, Fraction]
+
 
 @dataclass(frozen=True)
 class Quantity:
-    """Q(B, T) = B·(a + bT + cT²) + dT."""
+    """Q(B, T) = B·(a + bT + cT²) + d + eT.
 
-    terms: tuple[Fraction, Fraction, Fraction, Fraction]
+    The first part is of each text, the second of what all texts share: adapters cast to bf16, tables of positions.
+    """
+
+    terms: Terms
 
     def at(self, B: int, T: int) -> int:
         """Its value, a whole number."""
-        a, b, c, d = self.terms
-        return round(B * (a + b * T + c * T * T) + d * T)
+        a, b, c, d, e = self.terms
+        return round(B * (a + b * T + c * T * T) + d + e * T)
 
-    def __add__(self, other: Quantity) -> Quantity:
-        return Quantity(tuple(x + y for x, y in zip(self.terms, other.terms, strict=True)))  # type: ignore[arg-type]
-
-    def times(self, factor: Fraction | int) -> Quantity:
-        """Each term multiplied."""
-        return Quantity(tuple(factor * x for x in self.terms))  # type: ignore[arg-type]
+    def plus(self, other: Quantity, factor: Fraction | int = 1) -> Quantity:
+        """Q + factor · other."""
+        return Quantity(tuple(x + factor * y for x, y in zip(self.terms, other.terms, strict=True)))  # type: ignore[arg-type]
 
     @classmethod
-    def through(cls, values: Mapping[tuple[int, int], int]) -> Quantity:
-        """That which has these values at three widths of two texts, and at the first width of three texts."""
-        *points, (more, first) = values
-        assert [B for B, _ in points] == [2, 2, 2] and more == 3 and first == points[0][1]
-        d = Fraction(3 * values[points[0]] - 2 * values[3, first], first)
-        (x, u), (y, v), (z, w) = ((T, (values[2, T] - d * T) / 2) for _, T in points)
+    def through(cls, widths: tuple[int, int, int], values: Mapping[tuple[int, int], int]) -> Quantity:
+        """That which has these values at three widths of two texts, and at the first two widths of three texts."""
+        x, y, z = widths
+        shared_x, shared_y = (3 * values[2, T] - 2 * values[3, T] for T in (x, y))
+        e = Fraction(shared_y - shared_x, y - x)
+        d = shared_x - e * x
+        u, v, w = ((values[2, T] - d - e * T) / 2 for T in widths)
         c = ((w - u) / (z - x) - (v - u) / (y - x)) / (z - y)
         b = (v - u) / (y - x) - c * (x + y)
-        return cls((u - b * x - c * x * x, b, c, d))
+        return cls((u - b * x - c * x * x, b, c, d, e))
+
+
+def shapes(widths: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Of which batches the values must be known."""
+    return [*((2, T) for T in widths), *((3, T) for T in widths[:2])]

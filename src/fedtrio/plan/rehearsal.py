@@ -37,7 +37,7 @@ class Costs(dict[Any, Cost]):
         if not super().__contains__(key):
             assert isinstance(key, tuple)
             _, span, shape, grad, how, model = key
-            forward, backward = model.cost(shape, span, how)
+            forward, backward = model.cost(shape, span, how) if span else model.auxiliary_cost(shape)
             self["forward", *key[1:]] = forward if grad else Cost(forward.flops, 0)
             self["backward", *key[1:]] = Cost(backward, 0)
         return True
@@ -79,6 +79,8 @@ def targets_of(encoded: Encoded) -> np.ndarray:
 class DryLab(Lab):
     """A lab whose tensors have shapes and no values."""
 
+    model: Weightless  # type: ignore[reportIncompatibleVariableOverride]
+
     @property
     def initial(self) -> dict[str, Tensor]:
         """The adapter that all start from."""
@@ -90,7 +92,7 @@ class Place:
     """A site, or the server: its model and settings, its examples, and what it keeps between rounds."""
 
     name: str
-    lab: Lab
+    lab: DryLab
     data: PrivateData
     meter: Meter
     new: bool = True  # whether it has taken part in no round yet
@@ -99,7 +101,6 @@ class Place:
     @property
     def model(self) -> Weightless:
         """Its model."""
-        assert isinstance(self.lab.model, Weightless)
         return self.lab.model
 
     def loads(self, round: int) -> list[Load]:
@@ -112,12 +113,12 @@ class Place:
         """It is about to train these tensors."""
         self.meter.hold(self.model.held_bytes(*(spans or (WHOLE,))) + state_bytes(trained, self.lab.train) + more)
 
-    def forward(self, load: Load, span: Span = WHOLE, how: How = PLAIN, grad: bool = True) -> None:
-        """A forward pass over a span."""
+    def forward(self, load: Load, span: Span | None = WHOLE, how: How = PLAIN, grad: bool = True) -> None:
+        """A forward pass over a span; None: the auxiliary head of split.local_loss."""
         with self.meter.work(("forward", span, load.shape, grad, how, self.model), set):
             pass
 
-    def backward(self, load: Load, span: Span = WHOLE, how: How = PLAIN) -> None:
+    def backward(self, load: Load, span: Span | None = WHOLE, how: How = PLAIN) -> None:
         """The backward pass of the same."""
         with self.meter.work(("backward", span, load.shape, True, how, self.model), set):
             pass
@@ -154,7 +155,7 @@ def tensor_bytes(tensors: Adapter) -> int:
 class Rehearsal:
     """One run of one framework, rehearsed."""
 
-    lab: Lab
+    lab: DryLab
     sites: dict[str, Place]
     server: Place
     coding: Coding

@@ -79,7 +79,8 @@ def _step(run: Rehearsal, method: Split, talk: Dialogue, step: int, share: Mappi
     with site.meter.at(name):
         site.forward(load, talk.layout.bottom, calm)
         if method.local_loss:
-            raise NotImplementedError
+            site.forward(load, None)
+            site.backward(load, None)
     if not method.local_loss or step % method.send_every == 0:
         _exchange(run, method, talk, load, facts, share)
     with site.meter.at(name):

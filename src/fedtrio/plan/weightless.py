@@ -8,26 +8,23 @@ of blocks and the rank; it is found from a few counted passes, so that 80 blocks
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..aggregation.lora import core_name, factor_of, pairs
 from ..aggregation.rules import fedsb_adapter
 from ..meter import Cost, Watch
 from ..models.adapter import AdaptedModel, adapt
-from ..models.cut import Span, within
+from ..models.cut import WHOLE, Span, within
 from ..models.load import Task
 from ..models.lora import LoraConfig
 from ..models.train import Adapter
-
-if TYPE_CHECKING:
-    from .family import Family
+from .quantity import Quantity
 
 CPU = torch.device("cpu")
 
@@ -118,10 +115,22 @@ class Ghost(AdaptedModel):
         return {name: t.requires_grad_(factor_of(name) != how.frozen) for name, t in made.items()}
 
 
+class Kin(Protocol):
+    """Models that differ in rank alone, and what was counted of them; see `family`."""
+
+    def model(self, rank: int) -> Weightless:
+        """The one of that rank."""
+        ...
+
+    def quantities(self, model: Weightless, span: Span, how: How) -> tuple[Quantity, Quantity, Quantity]:
+        """Forward FLOPs, bytes kept for backward, and backward FLOPs of a pass."""
+        ...
+
+
 class Weightless(AdaptedModel):
     """The same at its full depth: what frameworks ask of a model, but for running it."""
 
-    def __init__(self, ghost: Ghost, depth: int, blocks: str, family: Family) -> None:
+    def __init__(self, ghost: Ghost, depth: int, blocks: str, family: Kin) -> None:
         self.__dict__ |= ghost.__dict__
         self.ghost, self.depth, self.blocks, self.family = ghost, depth, blocks, family
         self.initial, self._owner = {}, {}
@@ -141,28 +150,32 @@ class Weightless(AdaptedModel):
 
     def held_bytes(self, *spans: Span) -> int:
         """Bytes of the frozen weights that run within the spans."""
-        if self.depth == self.ghost.depth:
-            return self.ghost.held_bytes(*spans)
-        inside = sum(any(within(i, span, self.depth) for span in spans) for i in range(self.depth))
-        ends = [(p, p + 1) for p in (-1,) if any(within(p, s, self.depth) for s in spans)]
-        ends += [(self.ghost.depth, None) for s in spans[:1] if any(within(self.depth, s, self.depth) for s in spans)]
-        block = self.ghost.held_bytes((0, 1))
-        return (self.ghost.held_bytes(*ends) if ends else 0) + inside * block
+        return self._over(spans, lambda p: p.numel() * p.element_size())
 
-    @cached_property
-    def weights(self) -> int:
-        """Number of the frozen and trainable parameters, tied ones once."""
-        seen = {id(p): p.numel() for n, p in self.ghost.module.named_parameters() if n not in self.ghost.initial}
-        block = sum(
-            p.numel()
-            for n, p in self.ghost.module.named_parameters()
-            if n.startswith(f"{self.blocks}.0.") and n not in self.ghost.initial
-        )
-        return sum(seen.values()) + (self.depth - self.ghost.depth) * block
+    @property
+    def parameters(self) -> int:
+        """Number of the frozen weights of the whole model, tied ones once."""
+        return self._over((WHOLE,), nn.Parameter.numel)
+
+    @property
+    def reads(self) -> int | None:
+        """Tokens of a text at most; None where it sets no limit."""
+        return getattr(self.module.config, "max_position_embeddings", None)
+
+    def _over(self, spans: Sequence[Span], of: Callable[[nn.Parameter], int]) -> int:
+        """A sum over the frozen weights within the spans: the ghost's ends, and one block for each."""
+        few, depth = self.ghost.depth, self.depth
+        inside = [p for p in range(-1, depth + 1) if any(within(p, span, depth) for span in spans)]
+        ends: list[Span] = [(-1, 0)] if -1 in inside else []
+        ends += [(few, None)] if depth in inside else []
+        blocks = [p for p in inside if 0 <= p < depth]
+        if few == depth:
+            return sum(map(of, self.ghost.frozen(*ends, *((p, p + 1) for p in blocks))))
+        return sum(map(of, self.ghost.frozen(*ends))) + len(blocks) * sum(map(of, self.ghost.frozen((0, 1))))
 
     def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The batch's shape as it runs."""
-        width, most = shape[1], getattr(self.module.config, "max_position_embeddings", None)
+        width, most = shape[1], self.reads
         wide = width + -width % self.pad_to_multiple_of
         return shape[0], min(wide, max(width, most)) if most else wide
 
@@ -178,3 +191,14 @@ class Weightless(AdaptedModel):
         found = self.family.quantities(self, span, how)
         forward, saved, backward = (q.at(*self.padded(shape)) for q in found)
         return Cost(forward, saved), backward
+
+    def auxiliary_cost(self, shape: tuple[int, int]) -> tuple[Cost, int]:
+        """The same of `split_local.local_gradient`, which is no span of the model.
+
+        Classification: [B, D]·[D, C]. Language modelling: [BT, D]·[D, D]·[D, V], whose last matrix is frozen, and kept.
+        """
+        (B, T), D, C, size = shape, self.width, self.classes, self.dtype.itemsize
+        if self.task == "classification":
+            return Cost(2 * B * D * C, size * (B * D + B * C + 1)), 4 * B * D * C
+        saved = B * T * D + C * D + B * (T - 1) * C + 1
+        return Cost(2 * B * T * D * (D + C), size * saved), 2 * B * T * D * (2 * D + C)
