@@ -124,7 +124,8 @@ def test_nothing_imports_what_stands_above() -> None:
     """The command line is imported by nothing, and the run only by those above it."""
     users = {target: {n for n in FILES if target in imports_of(FILES[n], n)} for target in ("cli", "compare", "run")}
     assert users["cli"] <= {"__main__"}
-    assert {part(n) for n in users["run"]} <= {"workers", "trackers", "compare", "serve", "sweep", "cli", "__init__"}
+    above = {"workers", "trackers", "compare", "serve", "sweep", "plan", "cli", "__init__"}
+    assert {part(n) for n in users["run"]} <= above
 
 
 def test_there_is_no_circle() -> None:
@@ -154,7 +155,7 @@ def modules_after(code: str) -> set[str]:
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compare", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compare", "--help"], ["plan", "--help"]])
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     start = f"sys.argv = ['fedtrio', *{arguments}]\nfrom fedtrio.cli import main"
     code = f"{start}\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"

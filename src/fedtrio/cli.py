@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from . import cli_export, cli_report, cli_sites, cli_sweep
+from . import cli_export, cli_plan, cli_report, cli_sites, cli_sweep
 from .cli_show import Progress, show, silence, stopped, terminal
 from .errors import ConfigError, FedtrioError
 
@@ -59,11 +59,16 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default: as many as the cores allow. Changes no result.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what each run would cost, to the byte, and train nothing.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Compare FedLLM, KD-FedLLM and Split-FedLLM, and two yardsticks, on the same model and data."""
     from .config_file import load_config
 
+    if dry_run:
+        return cli_plan.dry_run(load_config(config, settings or []), as_json)
     out = out or Path("runs") / f"{config.stem if config else 'demo'}-{time.strftime('%Y%m%d-%H%M%S')}"
     _compare(lambda: load_config(config, settings or []), out, as_json, record_frames, jobs)
 
@@ -86,6 +91,7 @@ def resume(
 
 
 _COMMANDS = (
+    cli_plan.plan,
     cli_sweep.sweep,
     cli_report.report,
     cli_export.export,

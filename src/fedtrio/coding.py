@@ -60,7 +60,7 @@ class Coding:
 
         Raises MessageError for numbers that the codec can't hold.
         """
-        codec = self._codec(message, at.direction)
+        codec = self.codec(message.kind, at.direction)
         if codec is None:
             return message
         tensors, state = dict(message.tensors), None
@@ -72,7 +72,7 @@ class Coding:
 
     def read(self, message: M, direction: str, start: Message | None) -> M:
         """The message as it was meant. Raises MessageError for what the codec of this kind does not give."""
-        codec = self._codec(message, direction)
+        codec = self.codec(message.kind, direction)
         if codec is None:
             return message
         tensors = codec.decode(message.tensors)
@@ -80,9 +80,10 @@ class Coding:
             tensors |= restore(_shared(tensors, start), start.tensors)
         return replace(message, tensors=tensors)
 
-    def _codec(self, message: Message, direction: str) -> Codec | None:
+    def codec(self, kind: str, direction: str) -> Codec | None:
+        """What encodes messages of that kind; None: nothing does."""
         codecs = self.up if direction == "up" else self.down
-        return codecs.get(USES.get(message.kind, ""))
+        return codecs.get(USES.get(kind, ""))
 
 
 def _shared(tensors: Mapping[str, Tensor], start: Message) -> dict[str, Tensor]:

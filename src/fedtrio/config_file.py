@@ -17,6 +17,7 @@ from .errors import ConfigError, did_you_mean
 
 MAX_CONFIG_BYTES = 1_000_000
 DEMO = Path(__file__).parent / "data" / "demo" / "config.yaml"
+PLAIN = Path(os.devnull)  # no file at all: each key's own default
 
 Loaded = TypeVar("Loaded", Config, SiteConfig)
 
@@ -149,7 +150,7 @@ def _explain(
 def _blamed(path: Path, text: str, loc: tuple[str, ...], given: Iterable[tuple[str, ...]]) -> str:
     """Where a faulty key or section was written: on the command line, in a line of the file, or in both."""
     line, depth = _line_of(text, loc)
-    if any(loc[: len(p)] == p for p in given) or path == DEMO:
+    if any(loc[: len(p)] == p for p in given) or path in (DEMO, PLAIN):
         return "--set"
     beneath = [".".join(p) for p in given if p[: len(loc)] == loc]
     if beneath and depth < len(loc):

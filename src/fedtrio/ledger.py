@@ -32,16 +32,20 @@ class Ledger:
 
     def record(self, round: int, site: str, direction: str, kind: str, frame: bytes, payload: int) -> None:
         """Count one frame."""
-        key = (round, site, direction, kind)
-        entry = self._entries.setdefault(key, Entry(*key))
-        entry.messages += 1
-        entry.bytes += len(frame)
-        entry.payload += payload
+        self.count(round, site, direction, kind, len(frame), payload)
         if self._folder:
             self._kept += 1
             name = f"{self._kept:06d}-round{round}-{direction}-{_safe(site)}-{_safe(kind)}.safetensors"
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / name).write_bytes(frame)
+
+    def count(self, round: int, site: str, direction: str, kind: str, nbytes: int, payload: int) -> None:
+        """Count a frame of that length."""
+        key = (round, site, direction, kind)
+        entry = self._entries.setdefault(key, Entry(*key))
+        entry.messages += 1
+        entry.bytes += nbytes
+        entry.payload += payload
 
     def take_back(self, round: int, site: str, direction: str, kind: str, nbytes: int, payload: int) -> None:
         """Uncount a frame that was recorded and then could not leave."""

@@ -88,7 +88,7 @@ class Meter:
         if key in self._costs:
             yield
         else:
-            with _Watch(weights()) as watch:
+            with Watch(weights()) as watch:
                 yield
             self._costs[key] = watch.cost()
         effort.flops += self._costs[key].flops
@@ -114,7 +114,7 @@ class Meter:
         return max((effort.peak_bytes for effort in self._efforts.values()), default=0)
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Counts FLOPs by torch's formulas, and the distinct storages saved for backward.
 
     Not one bit of a result changes: operations run as they are, while `FlopCounterMode` would first take some apart.
@@ -135,13 +135,17 @@ class _Watch(TorchDispatchMode):
         return output
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        place = self.place(tensor)
         # indices depend on the texts and not on the shape alone; they are a few bytes a token
-        if tensor.is_floating_point() and storage.data_ptr() not in self._weights:
-            self._saved[storage.data_ptr()] = storage.nbytes()
+        if tensor.is_floating_point() and place not in self._weights:
+            self._saved[place] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def __enter__(self) -> _Watch:
+    def place(self, tensor: Tensor) -> int:
+        """Which storage a tensor lies in."""
+        return tensor.untyped_storage().data_ptr()
+
+    def __enter__(self) -> Watch:
         self._hooks.__enter__()
         return super().__enter__()
 
@@ -150,6 +154,7 @@ class _Watch(TorchDispatchMode):
         self._hooks.__exit__(*error)
 
     def cost(self) -> Cost:
+        """What has been counted."""
         return Cost(self._flops, sum(self._saved.values()))
 
 

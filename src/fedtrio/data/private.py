@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from .batches import Batch, Encoded, collate, epoch_batches
 
 
@@ -35,9 +37,12 @@ class PrivateData:
 
     def batches(self, round: int) -> Iterator[Batch]:
         """The mini-batches of a round, a pure function of (seed, round, site)."""
+        for indices in self.orders(round):
+            yield collate(self.encoded, indices, self.pad_id)
+
+    def orders(self, round: int) -> Iterator[np.ndarray]:
+        """Which examples are in each mini-batch of a round."""
         lengths = self.encoded.lengths if self.group_by_length else None
+        order = {"seed": self.seed, "round": round, "site": self.site}
         for epoch in range(self.epochs):
-            for indices in epoch_batches(
-                len(self), self.batch_size, seed=self.seed, round=round, site=self.site, epoch=epoch, lengths=lengths
-            ):
-                yield collate(self.encoded, indices, self.pad_id)
+            yield from epoch_batches(len(self), self.batch_size, **order, epoch=epoch, lengths=lengths)

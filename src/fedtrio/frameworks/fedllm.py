@@ -54,9 +54,9 @@ class FedLLM(Server, Client):
         """All start from the same adapter. Raises ConfigError where the aggregation can't work with its ranks."""
         if self.upload == "seeds":
             return self._seeds.setup(lab)
-        state = self._rule.setup(lab)
+        state = self.rule.setup(lab)
         if self.scaffold:
-            common = self._rule.sends(lab, state["adapter"], 1)
+            common = self.rule.sends(lab, state["adapter"], 1)
             state["control"] = {name: torch.zeros_like(tensor) for name, tensor in common.items()}
         return state
 
@@ -64,8 +64,8 @@ class FedLLM(Server, Client):
         """Send each site its adapter, let them train, put together what they send."""
         if self.upload == "seeds":
             return (yield from self._seeds.server(lab, state, cohort))
-        rule, common = self._rule, state["adapter"]
-        outbox = self._shared(rule.share(lab, state, cohort), state)
+        rule, common = self.rule, state["adapter"]
+        outbox = self.shared(rule.share(lab, state, cohort), state)
         inbox = yield outbox
         if len(inbox) < self.needed():
             raise QuorumError(f"fedllm.robust {self.robust} needs {self.needed()} sites, and {len(inbox)} answered")
@@ -92,7 +92,7 @@ class FedLLM(Server, Client):
         if self.upload == "seeds":
             return self._seeds.client(lab, site, first)
         tensors, control = split_control(first)
-        start = self._rule.start(lab, site, replace(first, tensors=tensors))
+        start = self.rule.start(lab, site, replace(first, tensors=tensors))
         if self.local_heads:
             head = remainder(site.memory.get("own", lab.initial))
             start = replace(start, trained={**start.trained, **head})
@@ -115,18 +115,18 @@ class FedLLM(Server, Client):
             return self._seeds.check(lab, site, reply)
         lab.guards.kind(site, reply, KINDS[self.upload])
         tensors, control = split_control(sent)
-        wanted = self._rule.expected(lab, replace(sent, tensors=tensors))
-        wanted = self._kept(wanted) | {CONTROL + name: tensor for name, tensor in control.items()}
+        wanted = self.rule.expected(lab, replace(sent, tensors=tensors))
+        wanted = self.kept(wanted) | {CONTROL + name: tensor for name, tensor in control.items()}
         lab.guards.like(site, reply.tensors, wanted)
         lab.guards.weight(site, reply)
 
     def adapter(self, lab: Lab, state: State) -> Adapter | None:
         """The common adapter; None where each site has its own."""
-        return None if self.personal else self._rule.adapter(lab, state)
+        return None if self.personal else self.rule.adapter(lab, state)
 
     def shipped(self, lab: Lab, state: State) -> Adapter | None:
         """As one LoRA adapter, also of what was merged into the base."""
-        return None if self.personal else self._rule.shipped(lab, state)
+        return None if self.personal else self.rule.shipped(lab, state)
 
     def own_adapter(self, lab: Lab, site: Site) -> Adapter | None:
         """What a site trained last, where it keeps some of it to itself; the start where it never took part."""
@@ -150,7 +150,8 @@ class FedLLM(Server, Client):
         return self.aggregation == "fedsa" or self.local_heads
 
     @property
-    def _rule(self) -> Rule:
+    def rule(self) -> Rule:
+        """How its aggregation works in a round; an own one works as fedavg."""
         return RULES.get(self.aggregation, RULES["fedavg"])
 
     @property
@@ -162,17 +163,17 @@ class FedLLM(Server, Client):
     def _seeds(self) -> Seeds:
         return Seeds(self.candidate_seeds, self.epsilon)
 
-    def _kept(self, tensors: Adapter) -> dict[str, Tensor]:
+    def kept(self, tensors: Adapter) -> dict[str, Tensor]:
         """Without the head where that stays at the site."""
         return {name: t for name, t in tensors.items() if not self.local_heads or ".lora_" in name}
 
     def _sent(self, lab: Lab, trained: Adapter, round: int) -> dict[str, Tensor]:
-        return self._kept(self._rule.sends(lab, trained, round))
+        return self.kept(self.rule.sends(lab, trained, round))
 
-    def _shared(self, outbox: Outbox, state: State) -> Outbox:
+    def shared(self, outbox: Outbox, state: State) -> Outbox:
         """Messages as this method's settings want them; sites that get the same still share one message."""
         if self.local_heads:
-            made = {id(m): replace(m, tensors=self._kept(m.tensors)) for m in outbox.values()}
+            made = {id(m): replace(m, tensors=self.kept(m.tensors)) for m in outbox.values()}
             outbox = {site: made[id(message)] for site, message in outbox.items()}
         return with_control(outbox, state["control"]) if self.scaffold else outbox
 
@@ -197,7 +198,7 @@ class FedLLM(Server, Client):
     def refuse_mixed_ranks(self) -> None:
         """Raises ConfigError where sites can't have ranks of their own."""
         mixed = sorted(name for name, rule in RULES.items() if rule.mixed_ranks)
-        if not self._rule.mixed_ranks:
+        if not self.rule.mixed_ranks:
             raise ConfigError(
                 f"fedllm.aggregation {self.aggregation} needs one lora.r for all; {', '.join(mixed)} can mix ranks"
             )
@@ -209,7 +210,7 @@ class FedLLM(Server, Client):
 
     def refuse_codecs(self, up: Any, down: Any) -> None:
         """Raises ConfigError for codecs of adapters that the aggregation would be wrong with."""
-        if up is not None and up.on_delta and (self._rule.anew or self.aggregation == "rolora" or self.scaffold):
+        if up is not None and up.on_delta and (self.rule.anew or self.aggregation == "rolora" or self.scaffold):
             what = "scaffold" if self.scaffold else f"aggregation {self.aggregation}"
             raise ConfigError(
                 f"wire.up {up.text} encodes what changed since a site was sent its tensors, and with fedllm.{what} it "
@@ -221,7 +222,7 @@ class FedLLM(Server, Client):
             if re.search(r"(^|\+)rank\b", text) and (one_factor or (changes and way == "up")):
                 what = f"aggregation {self.aggregation}" if one_factor else f"upload {self.upload}"
                 raise ConfigError(f"wire.{way} {text} needs both factors of an adapter; not so fedllm.{what}")
-        if down is not None and self._rule.merges:
+        if down is not None and self.rule.merges:
             raise ConfigError(
                 f"wire.down {down.text}: with fedllm.aggregation {self.aggregation} sites merge what they are sent, so "
                 "it must be exact: set wire.down=none, or a codec for other uses"
@@ -232,7 +233,7 @@ class FedLLM(Server, Client):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         """Raises ValueError for a combination that would be wrong, or mean nothing."""
-        rule, own = self._rule, self.aggregation not in RULES
+        rule, own = self.rule, self.aggregation not in RULES
         if own and not OWN.fullmatch(self.aggregation):
             known = ", ".join(RULES)
             raise ValueError(f"aggregation {self.aggregation!r} is none of {known}, nor of the form file.py:function")

@@ -248,7 +248,7 @@ class KD(Framework):
         """That of a site's logits, or of the aggregate that goes to all."""
         if site is None:
             return codec_of(self.logits if self.logits_down is None else self.logits_down)
-        return fitted(codec_of(self.logits), _spec(lab), self.budget(site), site)
+        return fitted(codec_of(self.logits), logits_spec(lab), self.budget(site), site)
 
     def budget(self, site: str) -> float | None:
         """Bytes of logits that a site may send in a round: the least of what is set; None: any number."""
@@ -279,7 +279,7 @@ class KD(Framework):
             lab.check_public(message.tensor("logits"), who)
             return message.tensor("logits")
         try:
-            return codec.decode(message.tensors, {"logits": _spec(lab)})["logits"] * self._heat(codec)
+            return codec.decode(message.tensors, {"logits": logits_spec(lab)})["logits"] * self._heat(codec)
         except MessageError as error:
             raise MessageError(f"{who} sent {error}") from error
 
@@ -315,7 +315,7 @@ class KD(Framework):
         lab = self.of_round(lab, 1)
         if not len(lab.public) or self.protocol == "feddf":
             return found
-        spec = _spec(lab)
+        spec = logits_spec(lab)
         sizes = [self.codec(lab, site).payload_bytes({"logits": spec}) for site in sites]
         rows = f"({spec.shape[0]} {'tokens' if lab.model.task == 'causal-lm' else 'texts'} x {classes} {_unit(lab)})"
         if max(sizes, default=0) < spec.bytes:
@@ -326,7 +326,7 @@ class KD(Framework):
         return found
 
 
-def _spec(lab: Lab) -> Spec:
+def logits_spec(lab: Lab) -> Spec:
     """What the logits on the public set are."""
     return Spec("logits", lab.model.dtype, (lab.public.target_tokens(), lab.model.classes))
 

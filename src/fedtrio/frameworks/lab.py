@@ -211,7 +211,7 @@ class Lab:
         batch_size = self.train.batch_size
         steps = epochs * -(-len(self.public) // batch_size)
         rows_of = torch.arange(len(teacher)).split(self.public_rows)
-        for step, indices in enumerate(self._public_batches(round, who, epochs)):
+        for step, indices in enumerate(self.public_batches(round, who, epochs)):
             batch = collate(self.public, indices, self.pad_id)
             rows = torch.cat([rows_of[i] for i in indices])
             wanted = teacher[rows].to(self.model.device)
@@ -228,7 +228,8 @@ class Lab:
             learner.step(self.progress(round, step, steps))
         return learner.values()
 
-    def _public_batches(self, round: int, who: str, epochs: int) -> Iterator[np.ndarray]:
+    def public_batches(self, round: int, who: str, epochs: int) -> Iterator[np.ndarray]:
+        """Which public texts are in each mini-batch of distillation."""
         lengths = self.public.lengths if self.train.group_by_length else None
         for epoch in range(epochs):
             order = {"seed": self.seed, "round": round, "epoch": epoch}

@@ -280,13 +280,16 @@ class AdaptedModel:
 
     def held_bytes(self, *spans: Span) -> int:
         """Bytes of the frozen weights that run within the spans."""
-        weights: dict[int, int] = {}
+        return sum(p.numel() * p.element_size() for p in self.frozen(*spans))
+
+    def frozen(self, *spans: Span) -> list[nn.Parameter]:
+        """The frozen weights that run within the spans, each once."""
+        weights: dict[int, nn.Parameter] = {}
         for module, positions in self._positions.items():
             if any(within(position, span, self.depth) for position in positions for span in spans):
-                for p in module.parameters(recurse=False):
-                    weights[p.data_ptr()] = p.numel() * p.element_size()
-        trainable = {p.data_ptr() for n, p in self.module.named_parameters() if n in self.initial}
-        return sum(size for address, size in weights.items() if address not in trainable)
+                weights |= {id(p): p for p in module.parameters(recurse=False)}
+        trainable = {id(p) for n, p in self.module.named_parameters() if n in self.initial}
+        return [p for which, p in weights.items() if which not in trainable]
 
     def verify_cut(self, stops: Sequence[int]) -> None:
         """Raises ModelError unless the model cut at `stops` gives the logits of the whole model, to the last bit."""

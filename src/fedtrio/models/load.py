@@ -83,15 +83,20 @@ class Reads:
 
 
 @cache
-def reads(path: str) -> Reads:
-    """Read off the model's configuration, without its weights. Raises ModelError where there is none."""
+def configuration(path: str) -> Any:
+    """The model's configuration, without its weights. Raises ModelError where there is none."""
     from transformers import AutoConfig
 
     try:
         with nullcontext() if os.path.isdir(path) else hub_or_cache(path, "model"):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as above
         raise _not_found("model", path, error) from error
+
+
+def reads(path: str) -> Reads:
+    """Read off the model's configuration."""
+    config = configuration(path)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and config.model_type in _AFTER_PADDING:
         positions -= (config.pad_token_id or 0) + 1

@@ -52,6 +52,11 @@ class TrainConfig(BaseModel):
         """The full learning rate of the tensor of that name."""
         return self.learning_rate if "lora_" in name else self.head_learning_rate
 
+    @property
+    def copies(self) -> int:
+        """Numbers that are held for each that trains: itself, its gradient, and the optimizer's state."""
+        return {"adamw": 4, "sgd": 3 if self.momentum else 2}[self.optimizer]
+
     def rate_factor(self, progress: float) -> float:
         """By what the learning rates are multiplied when `progress` (0 to 1) of the whole run is done."""
         if progress < self.warmup_ratio:
@@ -89,8 +94,7 @@ class Learner:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, their gradients and the optimizer's state."""
-        copies = {"adamw": 4, "sgd": 3 if self.config.momentum else 2}[self.config.optimizer]
-        return copies * sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return self.config.copies * sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def squared_norms(self) -> Tensor:
         """Squared norm of each gradient, fp64 [tensors]. Without gradients: one zero."""
