@@ -148,10 +148,11 @@ class AdaptedModel:
         self._real_id = 0 if config.pad_token_id != 0 else 1  # any token that is no padding
         self._pad_id = config.pad_token_id
         self._widest: float = getattr(config, "max_position_embeddings", math.inf)
-        self._places = {
-            f"{path}.{key}".lstrip("."): (m._parameters, key)
-            for path, m in self.module.named_modules()
-            for key in m._parameters
+        self._places: dict[str, tuple[dict[str, Any], str]] = {
+            f"{path}.{key}".lstrip("."): (held, key)
+            for path, m in self.module.named_modules(remove_duplicate=False)
+            for held in (m._parameters, m._buffers)
+            for key in held
         }
         self._positions = positions_of(self.module, self._gates, self._probe)
         self._owner = self._owners()
@@ -222,20 +223,20 @@ class AdaptedModel:
         return tuple(found)
 
     def _call(self, adapter: Adapter, ids_BT: Tensor, mask_BT: Tensor) -> Any:
-        """The module's output, with the adapter's tensors for the while where its parameters of these names are.
+        """The module's output, with the adapter's tensors for the while where its own of these names are.
 
         As `torch.func.functional_call`, which looks each name up again, in a tree of modules, every time.
         """
         places = [self._places[name] for name in adapter]
-        own = [parameters[key] for parameters, key in places]
+        own = [held[key] for held, key in places]
         try:
-            for (parameters, key), tensor in zip(places, adapter.values(), strict=True):
-                parameters[key] = tensor.to(self.device)  # type: ignore[assignment]  # a leaf of no module
+            for (held, key), tensor in zip(places, adapter.values(), strict=True):
+                held[key] = tensor.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 return self.module(input_ids=ids_BT, attention_mask=mask_BT.long())
         finally:
-            for (parameters, key), tensor in zip(places, own, strict=True):
-                parameters[key] = tensor
+            for (held, key), tensor in zip(places, own, strict=True):
+                held[key] = tensor
 
     def _placeholder_ids(self, mask_BT: Tensor) -> Tensor:
         """Ids for a half that never sees the text: they tell padding from tokens, and nothing else."""
