@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from . import cli_plan, cli_sites, cli_sweep
+from . import cli_advise, cli_plan, cli_sites, cli_sweep
 from .cli_show import Progress, show, silence, stopped, terminal
 from .errors import ConfigError, FedtrioError
 
@@ -90,7 +90,9 @@ def resume(
     _compare(lambda: load_config(folder / "config.yaml"), folder, as_json, None, jobs)
 
 
-for _command in (cli_plan.plan, cli_sweep.sweep, cli_sites.certs, cli_sites.serve, cli_sites.site, cli_sites.doctor):
+for _command in (cli_plan.plan, cli_advise.advise, cli_sweep.sweep):
+    app.command()(_command)
+for _command in (cli_sites.certs, cli_sites.serve, cli_sites.site, cli_sites.doctor):
     app.command()(_command)
 
 
