@@ -155,7 +155,9 @@ def modules_after(code: str) -> set[str]:
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "safetensors"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compare", "--help"], ["plan", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["compare", "--help"], ["plan", "--help"], ["advise", "--help"]]
+)
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     start = f"sys.argv = ['fedtrio', *{arguments}]\nfrom fedtrio.cli import main"
     code = f"{start}\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"

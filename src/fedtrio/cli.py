@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from . import cli_export, cli_plan, cli_report, cli_sites, cli_sweep
+from . import cli_advise, cli_export, cli_plan, cli_report, cli_sites, cli_sweep
 from .cli_show import Progress, show, silence, stopped, terminal
 from .errors import ConfigError, FedtrioError
 
@@ -92,6 +92,7 @@ def resume(
 
 _COMMANDS = (
     cli_plan.plan,
+    cli_advise.advise,
     cli_sweep.sweep,
     cli_report.report,
     cli_export.export,

@@ -54,7 +54,7 @@ def plan(
     """Predict bytes, compute, memory, time and energy of a round, for any model, before any training."""
     if model is not None and shape is not None:
         raise ConfigError("--model and --shape both name a model: keep one of them")
-    described = _shape(shape) if shape is not None else None
+    described = shape_of(shape) if shape is not None else None
     console = terminal(as_json)
     if console.is_terminal:
         console.print("[dim]loading torch, transformers and peft[/]")
@@ -133,7 +133,7 @@ def _configured(path: Path | None, settings: list[str], model: str | None, task:
     return chosen
 
 
-def _shape(text: str) -> dict[str, Any]:
+def shape_of(text: str) -> dict[str, Any]:
     """`model_type=llama,hidden_size=4096` as a mapping. Raises ConfigError."""
     found: dict[str, Any] = {}
     for part in text.split(","):
