@@ -53,14 +53,20 @@ class Garden:
         """Start the SuperLink, and register the keys of all sites."""
         certs = self.world.certs("server")
         words = ["flower-superlink", "--host=127.0.0.1", f"--port={self.port}", "--enable-supernode-auth"]
-        words += [f"--ssl-{a}={certs / b}.pem" for a, b in (("ca-certfile", "ca"), ("certfile", "cert"), ("keyfile", "key"))]
+        words += [f"--database={self.folder / 'link.db'}"]
+        words += [
+            f"--ssl-{a}={certs / b}.pem" for a, b in (("ca-certfile", "ca"), ("certfile", "cert"), ("keyfile", "key"))
+        ]
         self.start("link", *words, "--disable-runtime-dependency-installation")
         self.until(lambda: "Uvicorn running" in self.log("link"))
         for site in self.world.sites:
             key = self.folder / f"{site}.key"
-            if not key.exists():
-                subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
-            said = self.command("flwr", "supernode", "register", f"{key}.pub", "here", f"--name={site}", "--format=json")
+            if key.exists():  # the database remembers it
+                continue
+            subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
+            said = self.command(
+                "flwr", "supernode", "register", f"{key}.pub", "here", f"--name={site}", "--format=json"
+            )
             assert '"success": true' in said, said
 
     def node(self, site: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +26,8 @@ from ..serve import Greeter, OnEvent, serve_over
 from ..wires.flower import Flower, GridPost
 from ..wires.invited import Invited
 from .app import QUIET, check
+
+GOING_S = 60.0  # in which a ServerApp whose SuperLink has died ends
 
 
 def serve(grid: Any, run_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,9 +68,33 @@ def serve(grid: Any, run_config: Mapping[str, Any]) -> dict[str, Any]:
             finally:
                 invited.close()
 
-    results = serve_over(connect, config, Path(out), progress.round, lambda r, _: progress.start(r), tell, road)
+    with _alone(Path(out)):
+        results = serve_over(connect, config, Path(out), progress.round, lambda r, _: progress.start(r), tell, road)
     show(results, Path(out), console, False)
     return results
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """The run folder for this process: a ServerApp outlives its SuperLink for a while. ConfigError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("w", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"{out} can't be written: {error.strerror}; choose another out") from error
+    with file:
+        end = time.monotonic() + GOING_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise ConfigError(
+                        f"{out}: another run works in this folder; stop it, or choose another out"
+                    ) from error
+                time.sleep(0.5)
+        yield
 
 
 @contextlib.contextmanager
