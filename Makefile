@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+ENGINES = .venv-engines
 
 .DEFAULT_GOAL := help
 
@@ -29,6 +30,12 @@ test-slow: install ## checks that take longer
 test-faults: install ## kill, damage and fuzz at length
 	$(BIN)/python -m pytest -m faults
 
+test-engines: ## over Flower, in an environment of its own, as Flower wants older versions of what we use
+	test -d $(ENGINES) || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install -q -c constraints-engines.txt torch
+	$(ENGINES)/bin/python -m pip install -q -c constraints-engines.txt -e '.[dev,flower]'
+	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" $(ENGINES)/bin/python -m pytest -m engines
+
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +49,6 @@ bench: install ## overhead and memory against a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py
 
 clean: ## remove what was built
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) dist build .pytest_cache .ruff_cache
 
-.PHONY: help install demo test test-slow test-faults lint format bench clean
+.PHONY: help install demo test test-slow test-faults test-engines lint format bench clean

@@ -76,6 +76,22 @@ class Garden:
         words += [f"--auth-supernode-private-key={self.folder / site}.key", f"--port={free_port()}"]
         self.start(site, *words, "--node-config", f'fedtrio="{self.socket(site)}"')
 
+    def node_again(self, site: str) -> None:
+        """As systemd would: a SuperLink takes a killed SuperNode for online for a minute, and refuses it so long."""
+
+        def joined() -> bool:
+            if self.log(site).count("SuperNode ID:") > before:
+                return True
+            if site not in self.children or self.children[site].poll() is not None:
+                if site in self.children:
+                    self.kill(site)
+                time.sleep(5)
+                self.node(site)
+            return False
+
+        before = self.log(site).count("SuperNode ID:")
+        self.until(joined, 240)
+
     def worker(self, site: str, *more: str) -> None:
         """Start a site's worker."""
         words = [sys.executable, "-m", "fedtrio.cli", "site", str(self.world.folder / f"{site}.yaml"), *more]

@@ -271,6 +271,30 @@ def test_a_node_that_goes_is_done_without(tmp_path: Path) -> None:
         sites.wire.wait_for(1, 0.2)
 
 
+def test_a_node_that_holds_its_answers_back_is_nudged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a SuperNode does whose last run ended while it received: an answer leaves when the next message comes."""
+
+    class Lagging(Mail):
+        held: tuple[str, Any] | None = None
+
+        def _carry(self, name: str, path: Path, head: dict, body: bytes) -> None:
+            said, frame = relay(str(path), json.dumps(head), body)
+            held, self.held = self.held, (name, (json.loads(said), frame))
+            if held:
+                self._answers[held[0]] = held[1]
+
+    monkeypatch.setattr(flower, "NUDGE_S", 0.3)
+    sites = Sites(tmp_path, "a")
+    sites.mail = Lagging(sites.mail.sockets)
+    wire = sites.new_wire()
+    assert wire.wait_for(1, 10) == ["a"]
+    wire.start_round("r", 1, None)
+    assert dict(wire.exchange([("a", b"x")])) == {"a": b"X"}
+    wire.start_round("r", 2, None)
+    assert dict(wire.exchange([("a", b"y")])) == {"a": b"Y"}
+    assert sites.mail.asked("a") == ["hello", "nothing", "turn", "nothing", "turn", "nothing"]
+
+
 def test_names_are_the_nodes(tmp_path: Path) -> None:
     sites = Sites(tmp_path)
     sites.mail.online |= {"": 7, "stranger": 8}

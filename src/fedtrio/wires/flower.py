@@ -18,6 +18,7 @@ from ..errors import WireError
 POLL_S = 0.5
 LOOK_S = 5.0  # between two looks at who is online
 AGAIN_S = 10.0  # before a site that did not answer a hello is asked again
+NUDGE_S = 60.0  # without any answer, before silent nodes are sent another small message
 
 Head = dict[str, Any]
 Asked = dict[str, str]  # message and its site
@@ -108,6 +109,8 @@ class Flower:
         self._out: set[str] = set()  # who has no part in the rest of this round
         self._notices: dict[str, str] = {}  # refusals that a site has not been told yet
         self._kept: dict[str, tuple[bytes, bytes]] = {}  # the frame beside and its answer
+        self._moved = 0.0  # when a message last went, or an answer came
+        self._nudges: dict[str, str] = {}  # messages that nudge, and their sites
         self._told: set[tuple[str, str]] = set()
 
     @property
@@ -181,7 +184,7 @@ class Flower:
             for site in nodes.keys() - self._known - set(asked.values()):
                 if now >= self._again.get(site, 0.0):
                     asked[self._push(nodes[site], *self._hello(site))] = site
-            soon = min(end or now + LOOK_S, now + LOOK_S)
+            soon = min(end or now + 2 * LOOK_S, now + 2 * LOOK_S)
             for site, head, _ in self._answers(asked, soon, wait=True):
                 if self._greets(site, head) and len(self._known) >= number:
                     break
@@ -215,7 +218,8 @@ class Flower:
         return {"ask": "turn", **where, "beside": base64.b64encode(self._beside(self._round)).decode(), **notice}
 
     def _push(self, node: int, head: Head, body: bytes) -> str:
-        left = None if self._end is None else max(1.0, self._end - time.monotonic())
+        self._moved = time.monotonic()
+        left = None if self._end is None else max(1.0, self._end - self._moved)
         return self._post.push(node, head, body, self._round, left)
 
     def _answers(self, asked: Asked, end: float | None, wait: bool = False) -> Iterator[tuple[str, Head, bytes]]:
@@ -225,8 +229,10 @@ class Flower:
         """
         looked = time.monotonic()
         while asked:
-            for message, head, body in self._post.pull(list(asked)):
-                yield asked.pop(message), head, body
+            for message, head, body in self._post.pull([*asked, *self._nudges]):
+                if self._nudges.pop(message, None) is None:
+                    yield asked.pop(message), head, body
+                    self._moved = time.monotonic()
             now = time.monotonic()
             if end is not None and now >= end:
                 if not wait:
@@ -236,8 +242,15 @@ class Flower:
                 looked, nodes = now, self._nodes()
                 for message in [m for m, site in asked.items() if site not in nodes]:
                     yield asked.pop(message), {"error": "vanished", "reason": "its SuperNode went offline"}, b""
+                if now - self._moved >= NUDGE_S:
+                    self._nudge(nodes, set(asked.values()) - set(self._nudges.values()))
             if asked:
                 time.sleep(POLL_S)
+
+    def _nudge(self, nodes: Mapping[str, int], sites: Collection[str]) -> None:
+        """A SuperNode whose last run ended while it received holds each answer back until its next message comes."""
+        for site in sorted(sites & nodes.keys()):
+            self._nudges[self._push(nodes[site], {"ask": "nothing"}, b"")] = site
 
     def _greets(self, site: str, head: Head) -> bool:
         """Whether a site's answer to a hello lets it in."""

@@ -4,6 +4,7 @@ Who may open the socket may ask; nothing listens at a port. A question, and its 
 
     {"ask": "hello", "session", "site"}, the settings (JSON)                          → {"greeting"}
     {"ask": "turn", "session", "run", "round", "turn", "start", "beside"}, a frame    → {"beside"}, the next frame
+    {"ask": "nothing"}                                                                → {}
     {"ask": "dial", "url", "token"}, certificates (JSON)         → {} once the site is at the server's HTTPS wire
 
 `beside` is another small frame that is answered in the same go, in base64. An error is {"error", "reason"}: "stranger"
@@ -109,9 +110,11 @@ class _Counter:
             raise fault
 
     def _answered(self, head: bytes, body: bytes) -> tuple[dict[str, Any], bytes]:
-        self._leave()
         try:
             asked = json.loads(head)
+            if asked["ask"] == "nothing":
+                return {}, b""
+            self._leave()
             what = {"hello": self._hello, "turn": self._turn, "dial": self._dial}[asked["ask"]]
             if asked.get("notice"):
                 self._on_event({"event": "refused", "reason": str(asked["notice"])})
