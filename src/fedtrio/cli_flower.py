@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_show import stopped
+
 app = typer.Typer(no_args_is_help=True, help="Run a comparison over Flower: SuperLink, SuperNodes and their TLS.")
 
 
@@ -44,4 +46,5 @@ def run(
     """Run the app by `flwr run`, show its log, and end as the run ends."""
     from .flower.app import run_app
 
+    stopped.again = "a run that was started goes on at the SuperLink, until `flwr stop` ends it"
     run_app(folder, superlink, settings or [])

@@ -81,7 +81,7 @@ def _flwr(*words: str) -> dict[str, Any]:
         said = {}
     if said.get("success") is not True:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise WireError(f"flwr {words[0]}: {said.get('error-message') or lines[-1]}")
+        raise WireError(f"flwr {words[0]}: {' '.join((said.get('error-message') or lines[-1]).split())}")
     return said
 
 
