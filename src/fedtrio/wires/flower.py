@@ -18,6 +18,7 @@ from ..errors import WireError
 POLL_S = 0.5
 LOOK_S = 5.0  # between two looks at who is online
 AGAIN_S = 10.0  # before a site that did not answer a hello is asked again
+STALE_S = 600.0  # until a message that is of no round is dropped
 NUDGE_S = 60.0  # without any answer, before silent nodes are sent another small message
 
 Head = dict[str, Any]
@@ -142,16 +143,14 @@ class Flower:
                 yield site, None
             else:
                 turns[site] = self._turn_of(site), frame
-                if site in self._known:
-                    asked[self._push(nodes[site], *turns[site])] = site
-                else:
-                    asked[self._push(nodes[site], *self._hello(site))] = site
+                first = turns[site] if site in self._known else self._hello(site)
+                asked[self._push(nodes[site], *first, self._end)] = site
         for site, head, body in self._answers(asked, self._end):
             turn, frame = turns[site]
             if "greeting" in head and self._greets(site, head):
-                asked[self._push(nodes[site], turn, frame)] = site
+                asked[self._push(nodes[site], turn, frame, self._end)] = site
             elif head.get("error") == "stranger" and turn["start"]:
-                asked[self._push(nodes[site], *self._hello(site))] = site
+                asked[self._push(nodes[site], *self._hello(site), self._end)] = site
             elif head.get("error"):
                 event = "lost place" if head["error"] == "stranger" else str(head["error"])
                 self._drop(site, event, str(head.get("reason")))
@@ -183,7 +182,7 @@ class Flower:
                 )
             for site in nodes.keys() - self._known - set(asked.values()):
                 if now >= self._again.get(site, 0.0):
-                    asked[self._push(nodes[site], *self._hello(site))] = site
+                    asked[self._push(nodes[site], *self._hello(site), now + STALE_S)] = site
             soon = min(end or now + 2 * LOOK_S, now + 2 * LOOK_S)
             for site, head, _ in self._answers(asked, soon, wait=True):
                 if self._greets(site, head) and len(self._known) >= number:
@@ -193,9 +192,9 @@ class Flower:
 
     def call(self, questions: Mapping[str, tuple[Head, bytes]], seconds: float) -> None:
         """Ask these sites for something that is not of a round; who can't do it is told of as an event."""
-        nodes = self._nodes()
-        asked = {self._push(nodes[site], *question): site for site, question in questions.items() if site in nodes}
-        for site, head, _ in self._answers(asked, time.monotonic() + seconds):
+        nodes, end = self._nodes(), time.monotonic() + seconds
+        asked = {self._push(nodes[site], *question, end): site for site, question in questions.items() if site in nodes}
+        for site, head, _ in self._answers(asked, end):
             if head.get("error"):
                 self._tell(head["error"], site, str(head.get("reason")))
 
@@ -217,9 +216,10 @@ class Flower:
         notice = {"notice": self._notices.pop(site)} if site in self._notices else {}
         return {"ask": "turn", **where, "beside": base64.b64encode(self._beside(self._round)).decode(), **notice}
 
-    def _push(self, node: int, head: Head, body: bytes) -> str:
+    def _push(self, node: int, head: Head, body: bytes, end: float | None) -> str:
+        """A message that is good until `end`."""
         self._moved = time.monotonic()
-        left = None if self._end is None else max(1.0, self._end - self._moved)
+        left = None if end is None else max(1.0, end - self._moved)
         return self._post.push(node, head, body, self._round, left)
 
     def _answers(self, asked: Asked, end: float | None, wait: bool = False) -> Iterator[tuple[str, Head, bytes]]:
@@ -250,7 +250,8 @@ class Flower:
     def _nudge(self, nodes: Mapping[str, int], sites: Collection[str]) -> None:
         """A SuperNode whose last run ended while it received holds each answer back until its next message comes."""
         for site in sorted(sites & nodes.keys()):
-            self._nudges[self._push(nodes[site], {"ask": "nothing"}, b"")] = site
+            end = time.monotonic() + STALE_S
+            self._nudges[self._push(nodes[site], {"ask": "nothing"}, b"", end)] = site
 
     def _greets(self, site: str, head: Head) -> bool:
         """Whether a site's answer to a hello lets it in."""
