@@ -63,11 +63,15 @@ class Garden:
             key = self.folder / f"{site}.key"
             if key.exists():  # the database remembers it
                 continue
-            subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
+            self.key(site)
             said = self.command(
                 "flwr", "supernode", "register", f"{key}.pub", "here", f"--name={site}", "--format=json"
             )
             assert '"success": true' in said, said
+
+    def key(self, site: str) -> None:
+        path = self.folder / f"{site}.key"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)], check=True)
 
     def node(self, site: str) -> None:
         """Start a site's SuperNode."""

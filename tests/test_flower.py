@@ -56,15 +56,17 @@ def test_no_message_more_than_needed(garden: Garden) -> None:
     assert not {"refused", "absent", "late", "vanished"} & {event["event"] for event in garden.events()}
 
 
-def test_names_come_from_the_registered_keys(garden: Garden) -> None:
-    log = garden.log("link")
-    assert "Activated node_id" in log and "--insecure" not in log
+def test_a_key_that_is_not_registered_gets_nowhere(garden: Garden) -> None:
+    garden.key("stranger")
+    garden.node("stranger")
+    assert garden.ended("stranger", 60) != 0
+    assert "Failed to activate SuperNode" in garden.log("stranger") and "SuperNode ID" not in garden.log("stranger")
     assert {event["site"] for event in garden.events()} == set(garden.world.sites)
 
 
-def test_nobody_calls_home(garden: Garden) -> None:
-    assert "Flower may call home" not in garden.log("run")
-    assert "telemetry.flower.ai" not in garden.said()
+def test_the_server_app_does_not_call_home(garden: Garden) -> None:
+    """It says so where the environment of Flower's own processes, which it inherits, would let it."""
+    assert "joined" in garden.log("run") and "Flower may call home" not in garden.log("run")
 
 
 def test_a_node_killed_in_mid_round_is_done_without(world: World) -> None:
