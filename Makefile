@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+ENGINES = .venv-engines
 
 .DEFAULT_GOAL := help
 
@@ -32,9 +33,11 @@ test-faults: install ## kill, damage and fuzz at length
 test-browser: install ## the pages in a headless Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -m browser -rs tests/test_browser.py
 
-test-engines: install ## over Ray and Flower, which it installs
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ray]'
-	$(BIN)/python -m pytest -m engines
+test-engines: ## over Ray and Flower, in an environment of its own: Flower wants older versions of what we use
+	test -d $(ENGINES) || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install -q -c constraints-engines.txt torch
+	$(ENGINES)/bin/python -m pip install -q -c constraints-engines.txt -e '.[dev,flower,ray]'
+	PATH="$(CURDIR)/$(ENGINES)/bin:$$PATH" $(ENGINES)/bin/python -m pytest -m engines
 
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .
@@ -57,6 +60,6 @@ bench: install ## overhead and memory against a bare PyTorch loop
 	$(BIN)/python benchmarks/overhead.py
 
 clean: ## remove what was built
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) dist build .pytest_cache .ruff_cache
 
 .PHONY: help install demo test test-slow test-faults test-browser test-engines lint format docs bench clean

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from . import cli_advise, cli_export, cli_plan, cli_report, cli_sites, cli_sweep
-from .cli_show import Progress, show, silence, stopped, terminal
+from . import cli_advise, cli_export, cli_flower, cli_plan, cli_report, cli_sites, cli_sweep
+from .cli_show import Progress, prepare_environment, show, silence, stopped, terminal
 from .errors import ConfigError, FedtrioError
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ _COMMANDS = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(cli_flower.app, name="flower")
 
 
 def _compare(
@@ -135,9 +136,7 @@ def main() -> None:
     _open_streams()
     signal.signal(signal.SIGTERM, stopped.catch)
     debug = "--debug" in sys.argv
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # shapes that torch's bf16 products keep memory for; 1024 is MBs
+    prepare_environment()
     try:
         code = app(standalone_mode=False)
         if code == 130:  # how typer says that it was interrupted

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def prepare_environment() -> None:
+    """Before torch and tokenizers are imported; what the user has set stays."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # shapes that torch's bf16 products keep memory for; 1024 is MBs
+
+
 def terminal(as_json: bool) -> Console:
     """Standard output, or standard error where the former is for JSON alone.
 

@@ -70,8 +70,14 @@ def serve(
 
 def site(
     config: Annotated[Path, typer.Argument(help="YAML file of this site: its data file and columns.")],
-    server: Annotated[str, typer.Option(help="Address of the server: https://host:8443.")],
-    certs: Annotated[Path, typer.Option(help="This site's folder of certificates.")],
+    server: Annotated[str | None, typer.Option(help="Address of the server: https://host:8443.")] = None,
+    certs: Annotated[Path | None, typer.Option(help="This site's folder of certificates.")] = None,
+    local: Annotated[
+        Path | None, typer.Option(metavar="SOCKET", help="In place of both: serve the Flower SuperNode beside it.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="With --local: the name that the SuperNode is registered by.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key. Repeatable.")
     ] = None,
@@ -84,14 +90,11 @@ def site(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Take part as a site: dial out to a server, train on this machine's own data."""
-    from .certs import check, describe
     from .config_file import load_site_config
 
-    check(certs)
-    name = describe(certs).subject
+    name = _site_name(name, server, certs, local)
     own = load_site_config(config, settings or [])
     from .remote import Host
-    from .wires.dial import dial
 
     asked: set[str] = set()
 
@@ -111,9 +114,31 @@ def site(
         typer.echo(f"{event['event']}{': ' + event['reason'] if event.get('reason') else ''}", err=True)
 
     stopped.again = "start the same command again to go on"
-    host = Host(name, own, folder or Path(f"site-{name}"), leaving, lambda text: typer.echo(text, err=True))
-    dial(server, certs, host, patience=patience, on_event=tell)
-    typer.echo("all is over", err=True)
+    folder = folder or Path(f"site-{name}")
+    host = Host(name, own, folder, leaving, lambda text: typer.echo(text, err=True))
+    if server and certs:
+        from .wires.dial import dial
+
+        dial(server, certs, host, patience=patience, on_event=tell)
+        typer.echo("all is over", err=True)
+    elif local:
+        from .wires.local import serve as serve_local
+
+        serve_local(local, name, host, folder, on_event=tell)
+
+
+def _site_name(name: str | None, server: str | None, certs: Path | None, local: Path | None) -> str:
+    """That of the certificate, or beside a SuperNode the one given."""
+    if local is not None:
+        if server or certs or not name:
+            raise ConfigError("--local goes with --name, and without --server and --certs: Flower reaches the server")
+        return name
+    if server is None or certs is None or name:
+        raise ConfigError("say --server and --certs to dial a server, or --local and --name to serve a SuperNode")
+    from .certs import check, describe
+
+    check(certs)
+    return describe(certs).subject
 
 
 def doctor(

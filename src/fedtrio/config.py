@@ -57,7 +57,9 @@ class WireConfig(BaseModel):
     )
     down: str | dict[Use, str] = Field(default="none", description="codec of what the server sends")
     sites: list[str] | None = Field(
-        default=None, min_length=1, description="serve: names of the sites, as their certificates say them"
+        default=None,
+        min_length=1,
+        description="serve, flower: names of the sites, as their certificates or SuperNodes say them",
     )
     host: str = Field(default="0.0.0.0", description="serve: address to listen at")
     port: int = Field(default=8443, ge=0, le=65535, description="serve: port to listen at; 0: a free one")

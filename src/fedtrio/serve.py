@@ -1,4 +1,4 @@
-"""A comparison whose sites are elsewhere: the same runs and the same run folder, over the HTTPS wire."""
+"""A comparison whose sites are elsewhere: the same runs and the same run folder, over the HTTPS or another wire."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from .bench import Bench
 from .checkpoint import write_whole
@@ -18,6 +20,7 @@ from .data.load import load_server_corpus
 from .data.partition import PartitionConfig
 from .errors import ConfigError, FedtrioError, WireError
 from .message import PROTOCOL
+from .program import Wire
 from .remote import settings_of
 from .run import OnRound, run
 from .trackers import Trackers
@@ -25,6 +28,31 @@ from .wires.https import Https
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 RETURN_S = 5.0  # a site that waits for a server knocks at least as often
+
+
+class ServerWire(Wire, Protocol):
+    """A wire that can tell its sites that all is over."""
+
+    def finish(self, reason: str = "") -> None:
+        """All is over, by that error or well; close."""
+        ...
+
+
+AnyWire = TypeVar("AnyWire", bound=ServerWire)
+
+
+@dataclass(frozen=True)
+class Greeter:
+    """Who is admitted, and what each site is told."""
+
+    sites: Sequence[str]
+    settings: dict[str, Any]
+
+    def welcome(self, site: str, greeting: dict[str, Any]) -> dict[str, Any]:
+        """The settings. Raises ValueError for a site that speaks another protocol."""
+        if greeting.get("protocol") != PROTOCOL:
+            raise ValueError(f"this server speaks protocol {PROTOCOL}, the site {greeting.get('protocol')!r:.20}")
+        return self.settings
 
 
 def serve(
@@ -40,6 +68,24 @@ def serve(
     `certs` is the server's folder of certificates. A run folder that was broken off goes on after its last round.
     Raises ConfigError, DataError, ModelError, QuorumError, WireError.
     """
+
+    def connect(greeter: Greeter, note: OnEvent) -> Https:
+        host, port, limit = config.wire.host, config.wire.port, config.wire.max_frame_bytes
+        return Https(certs, greeter.sites, greeter.welcome, host=host, port=port, limit=limit, on_event=note)
+
+    return serve_over(connect, config, out, on_round, on_start, on_event)
+
+
+def serve_over(
+    connect: Callable[[Greeter, OnEvent], AnyWire],
+    config: Config,
+    out: Path,
+    on_round: OnRound = lambda framework, seed, entry: None,
+    on_start: Callable[[Mapping[str, Any], AnyWire], None] = lambda results, wire: None,
+    on_event: OnEvent = lambda event: None,
+    road: Callable[[AnyWire, str], AbstractContextManager[Wire]] = lambda wire, framework: nullcontext(wire),
+) -> dict[str, Any]:
+    """As `serve`, over the wire that `connect(greeter, note)` makes; `road` gives that of a framework's run."""
     config = _possible(config).resolved()
     names = config.wire.sites
     if not names:
@@ -47,7 +93,7 @@ def serve(
     folder = Folder(out, config)
     runs = folder.finished()
     bench = Bench(config, load_server_corpus(config.data, config.task, config.base))
-    settings = settings_of(bench, _run_id(out))
+    greeter = Greeter(names, settings_of(bench, _run_id(out)))
     log = out / "events.jsonl"
 
     def note(event: Mapping[str, Any]) -> None:
@@ -55,22 +101,17 @@ def serve(
             file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
         on_event(event)
 
-    def welcome(site: str, greeting: dict[str, Any]) -> dict[str, Any]:
-        if greeting.get("protocol") != PROTOCOL:
-            raise ValueError(f"this server speaks protocol {PROTOCOL}, the site {greeting.get('protocol')!r:.20}")
-        return settings
-
-    host, port, limit = config.wire.host, config.wire.port, config.wire.max_frame_bytes
     results = {"schema_version": SCHEMA_VERSION, **prepare(bench), "runs": runs}
     trackers = Trackers(config, out)
-    wire = Https(certs, names, welcome, host=host, port=port, limit=limit, on_event=note)
+    wire = connect(greeter, note)
     reason = None  # broken off: sites wait for the server to come back
     try:
         folder.write(results)
         on_start(results, wire)
         _gather(wire, config, folder.missing(runs))
         for framework, seed in folder.missing(runs):
-            entry = run(config, framework, seed, out, bench, trackers.watching(on_round), None, wire)
+            with road(wire, framework) as remote:
+                entry = run(config, framework, seed, out, bench, trackers.watching(on_round), None, remote)
             folder.add(results, entry)
             trackers.finished(entry)
         reason = ""
@@ -83,7 +124,7 @@ def serve(
     return results
 
 
-def _gather(wire: Https, config: Config, todo: Collection[object]) -> None:
+def _gather(wire: ServerWire, config: Config, todo: Collection[object]) -> None:
     """Wait for all sites; after the deadline `min_sites` are enough, if they are more than the one of the default.
 
     Where nothing is left to do, those who wait for the server shall hear of it.
@@ -93,7 +134,7 @@ def _gather(wire: Https, config: Config, todo: Collection[object]) -> None:
         wire.wait_for(len(wire.sites), patience)
     except WireError:
         enough = len(wire.sites) if config.min_sites == 1 else config.min_sites
-        if todo and len(wire.wait_for(0)) < enough:
+        if todo and len(wire.wait_for(0, 0)) < enough:
             raise
 
 

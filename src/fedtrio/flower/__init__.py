@@ -1,0 +1,1 @@
+"""Flower as an engine: the app for one's configuration (`app`), and what runs inside its ServerApp (`server`)."""
