@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import yaml
+from same import timeless
 
 from fedtrio.certs import make_certs
 from fedtrio.checkpoint import Journal
@@ -309,14 +310,6 @@ class Launch:
 
 
 # What must hold -------------------------------------------------------------------------------------------------------
-
-
-def timeless(tree: Any) -> Any:
-    """Results without what no two runs share."""
-    gone = ("client_seconds", "server_seconds", "round_seconds", "process_peak_bytes")
-    if isinstance(tree, dict):
-        return {key: timeless(value) for key, value in tree.items() if key not in gone}
-    return [timeless(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from same import timeless
 
 from fedtrio.bench import Bench
 from fedtrio.compare import compare as _compare
@@ -25,7 +26,6 @@ from fedtrio.report.folders import written_anew
 
 compare = partial(_compare, jobs=1)
 SMALL = ["data.max_train=120", "data.max_test=40", "data.max_public=24", "rounds=2", "threads=1"]
-NO_SECONDS = {"client_seconds", "server_seconds", "round_seconds"}
 
 KEYS = {
     "framework", "seed", "accuracy", "loss", "rounds", "bytes_up", "bytes_down", "payload_up", "payload_down",
@@ -57,13 +57,6 @@ def results(place: Path) -> dict[str, Any]:
 
 def runs_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["framework"]: entry for entry in results["runs"]}
-
-
-def timeless(tree: Any) -> Any:
-    """The same without what a clock has said."""
-    if isinstance(tree, dict):
-        return {key: timeless(value) for key, value in tree.items() if key not in NO_SECONDS}
-    return [timeless(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def ledger_of(folder: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from flowers import Garden
-from remotes import World, sha256, timeless
+from remotes import World, sha256
+from same import timeless
 
 from fedtrio.compare import compare
 from fedtrio.config_file import load_config

@@ -20,7 +20,8 @@ from typing import Any
 
 import httpx
 import pytest
-from remotes import World, fedtrio, forked, free_port, sha256, timeless
+from remotes import World, fedtrio, forked, free_port, sha256
+from same import timeless
 
 from fedtrio.certs import FILES, issue, make_certs, new_authority
 from fedtrio.compare import compare

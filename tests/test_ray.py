@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from same import timeless
 
 from fedtrio.bench import Bench
 from fedtrio.compare import compare
@@ -44,11 +45,6 @@ def config(*more: str) -> Any:
 def told(folder: Path) -> tuple[Any, str]:
     """What must be the same: results without seconds, adapters' hashes among them, and the ledger's bytes."""
     runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
-
-    def timeless(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {k: timeless(v) for k, v in tree.items() if k not in ("client_seconds", "server_seconds")}
-        return [timeless(value) for value in tree] if isinstance(tree, list) else tree
 
     return timeless(runs), (folder / "ledger.jsonl").read_text(encoding="utf-8")
 

@@ -22,9 +22,9 @@ from remotes import (
     readable,
     sha256,
     sound,
-    timeless,
     write_yaml,
 )
+from same import timeless
 
 from fedtrio.bench import Bench
 from fedtrio.certs import issue, load_authority, make_certs

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from same import timeless
 
 from fedtrio.checkpoint import Journal, Memory, pack_tree, unpack_tree
 from fedtrio.compare import compare
@@ -39,12 +40,6 @@ def config(*more: str) -> Any:
 def told(folder: Path) -> tuple[list[Any], str]:
     """What must be the same: results without seconds, and the ledger's bytes."""
     runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
-
-    def timeless(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            gone = ("client_seconds", "server_seconds", "round_seconds", "process_peak_bytes")
-            return {key: timeless(value) for key, value in tree.items() if key not in gone}
-        return [timeless(value) for value in tree] if isinstance(tree, list) else tree
 
     return timeless(runs), (folder / "ledger.jsonl").read_text(encoding="utf-8")
 
