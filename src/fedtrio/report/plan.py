@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .tables import TITLES, plain
-from .units import bytes_text, count_text, flops_text, memory_text, seconds_text
+from .units import bytes_text, count_text, flops_text, memory_text, names_text, seconds_text
 
 Run = Mapping[str, Any]
 MINOR = ("Server compute", "Server memory", "Messages", "Down / site")  # left out first on a narrow terminal
@@ -58,15 +58,20 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
 
 
 def print_times(runs: Sequence[Run], console: Console) -> None:
-    """Seconds and joules of a round at the slowest site, one row for each device and line."""
+    """Seconds and joules of a round at the slowest site, one row for each device and line that something fits."""
     if not runs or not runs[0]["times"]:
         return
     heads = ["Device", "Line", *(TITLES.get(run["framework"], run["framework"]) for run in runs)]
+    grid = [[run["times"][i] for run in runs] for i in range(len(runs[0]["times"]))]
     rows = [
-        [first["device"], first["link"], *(_time(run["times"][i]) for run in runs)]
-        for i, first in enumerate(runs[0]["times"])
+        [found[0]["device"], found[0]["link"], *map(_time, found)]
+        for found in grid
+        if any(one["fits"] for one in found)
     ]
-    if not _shown(heads, rows, console):
+    small = dict.fromkeys(found[0]["device"] for found in grid if not any(one["fits"] for one in found))
+    if small:
+        console.print(plain(f"Too little memory for any of them: {names_text(small)}.", console), markup=False)
+    if rows and not _shown(heads, rows, console):
         for row in rows:
             console.print(Text(plain(f"{row[0]}, {row[1]}", console), style="bold"))
             for head, value in zip(heads[2:], row[2:], strict=True):
