@@ -25,6 +25,7 @@ from fedtrio.message import Message, decode, encode
 from fedtrio.meter import Meter
 from fedtrio.models.load import BUILT_IN
 from fedtrio.models.lora import LoraConfig
+from fedtrio.plan.predict import predict
 from fedtrio.remote import Host, settings_of
 
 SMALL = [
@@ -87,7 +88,9 @@ def test_any_mix_of_models_classifies(unlike: str, tmp_path: Path) -> None:
 
 def test_feddf_has_a_student_for_each_model(unlike: str, tmp_path: Path) -> None:
     """All sites' scores are those of their own student, which is saved as a PEFT adapter of its own model."""
-    (run,) = compare(config(unlike, "kd.protocol=feddf", "rounds=1"), tmp_path / "run")["runs"]
+    setup = config(unlike, "kd.protocol=feddf", "rounds=1")
+    (run,), (foreseen,) = compare(setup, tmp_path / "run")["runs"], predict(setup)
+    assert all(foreseen[key] == run[key] for key in ("bytes_up", "bytes_down", "messages", "client_flops"))
     sites = {site["name"]: site for site in run["sites"]}
     assert len({site["bytes_up"] for site in sites.values()}) == 3
     assert run["adapters"].keys() == {"site-0", "site-1"} and run["adapter"] == "kd-0/adapter"

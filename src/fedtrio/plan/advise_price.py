@@ -116,7 +116,7 @@ class Pricer:
                 if (rounds := self._rounds(framework, option)) is None:
                     self.refused += 1
                     continue
-                unlike = framework == "kd" and self.config.kd.protocol != "feddf"
+                unlike = framework == "kd"
                 found.append(Priced(framework, option, rounds, unlike, self._score(framework, option, runs)))
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..codecs import Spec
 from ..frameworks import KD
@@ -80,15 +81,20 @@ def _feddf(run: Rehearsal, method: KD, cohort: Sequence[str]) -> None:
     lab, server = method.of_round(run.lab, run.lab.round), run.server
     for name in cohort:
         site = run.sites[name]
-        run.down(name, "adapter", lab.initial)
+        run.down(name, "adapter", site.model.initial)
         with site.meter.at(name):
             site.fit(site.model.initial, site.loads(lab.round))
-        run.up(name, "adapter", lab.initial, {"weight": site.data.weight}, done=True)
+        run.up(name, "adapter", site.model.initial, {"weight": site.data.weight}, done=True)
+    students = {id(each.model): each for each in (server, *(replace(server, lab=run.sites[s].lab) for s in cohort))}
     with server.meter.at(server.name):
-        adapters = (len(cohort) + 1) * tensor_bytes(lab.initial)
+        held = [run.sites[name].model.initial for name in cohort] + [each.model.initial for each in students.values()]
+        adapters = sum(map(tensor_bytes, held))
         server.meter.hold(adapters)
         if len(lab.public) and method.server_epochs:
-            for _ in cohort:
-                server.predict(lab.public)
-            held = (len(cohort) + 1) * logits_spec(lab).bytes
-            server.distil(lab, lab.round, method.server_epochs, more=adapters + held)
+            for name in cohort:
+                its = run.sites[name].lab
+                students[id(its.model)].predict(method.of_round(its, lab.round).public)
+            logits = (len(cohort) + 1) * logits_spec(lab).bytes
+            for each in students.values():
+                shared = method.of_round(each.lab, lab.round)
+                each.distil(shared, lab.round, method.server_epochs, more=adapters + logits)
