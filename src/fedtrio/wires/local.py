@@ -59,7 +59,7 @@ def serve(
 @contextmanager
 def _listening(path: Path) -> Iterator[Listener]:
     """The socket, for this user and group alone; one that a dead process left is replaced."""
-    name = os.fsencode(path.absolute())
+    name = os.fsencode(os.path.abspath(path))
     if len(name) > LONGEST_PATH:
         raise ConfigError(f"--local {path}: a socket's path has at most {LONGEST_PATH} bytes, this one {len(name)}")
     with suppress(OSError):
