@@ -16,6 +16,7 @@ from fedtrio.report import curves, holdings, traffic
 from fedtrio.report.page import filled
 
 FIGURES = {
+    "quality-round": partial(curves.quality, x="round"),
     "quality-bytes": partial(curves.quality, x="bytes"),
     "quality-flops": partial(curves.quality, x="flops"),
     "traffic": traffic.traffic,
