@@ -235,7 +235,7 @@ class AdaptedModel:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 return self.module(input_ids=ids_BT, attention_mask=mask_BT.long())
         finally:
-            for (held, key), tensor in zip(places, own, strict=True):
+            for (held, key), tensor in zip(reversed(places), reversed(own), strict=True):  # a module may have two names
                 held[key] = tensor
 
     def _placeholder_ids(self, mask_BT: Tensor) -> Tensor:
