@@ -289,9 +289,24 @@ def test_a_late_answer_is_never_used(serve: Callable[..., Server]) -> None:
         answered.result()
 
 
+def test_a_late_answer_is_not_used_where_it_overtakes_the_watch(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk.Desk, "watch", lambda self: None)  # as where the machine stood still for a while
+    server = serve()
+    site = server.raw()
+    server.wire.start_round("r", 1, 0.5)
+    running = server.begin({"a": b"one"})
+    assert site.turn(-1).content == b"one"
+    time.sleep(0.6)
+    answer = site.turn(0, b"too late")
+    assert (answer.status_code, answer.json()["error"]) == (409, "round closed")
+    assert running.result() == {} and server.heard("late")[0] == "no answer before the round's deadline"
+
+
 def test_a_late_site_comes_again_in_the_next_round(serve: Callable[..., Server]) -> None:
     server, slow = serve(), threading.Event()
-    sites = Dialled(server, {"a": Echo(lambda frame: slow.wait(5) and None), "b": Echo()})
+    sites = Dialled(server, {"a": Echo(lambda frame: slow.wait(60) and None), "b": Echo()})
     server.wire.start_round("r", 1, 0.5)
     assert server.gather({"a": b"one", "b": b"two"}) == {"b": b"TWO"}
     slow.set()

@@ -118,7 +118,7 @@ class Desk:
             return
         site.turn += 1
         site.frame, site.answers, site.start, site.begun = frame, answers, not site.begun, True
-        if self._deadline is not None and now >= self._deadline:
+        if self._past():
             self._drop(site, "late", "the round's deadline had passed")
         elif not self._is_there(site, now):
             self._drop(site, "absent", "it is not connected" if site.process else "it has not said hello")
@@ -187,10 +187,13 @@ class Desk:
             if site.there and not there:
                 self._tell("left", site.name, f"no sign of it for {self._silence:.3g} s")
             site.there = there
-            if site.frame is not None and self._deadline is not None and now >= self._deadline:
+            if site.frame is not None and self._past():
                 self._drop(site, "late", "no answer before the round's deadline")
             elif site.frame is not None and not there:
                 self._drop(site, "vanished", f"no sign of it for {self._silence:.3g} s; the round goes on without it")
+
+    def _past(self) -> bool:
+        return self._deadline is not None and self._loop.time() >= self._deadline
 
     def _is_there(self, site: _Site, now: float) -> bool:
         return bool(site.process) and (site.open > 0 or now - site.seen <= self._silence)
@@ -348,6 +351,8 @@ class Desk:
             self.room.give(length - kept)
 
     def _check_turn(self, site: _Site, turn: int) -> None:
+        if site.frame is not None and self._past():  # where an answer overtakes the next `watch`
+            self._drop(site, "late", "no answer before the round's deadline")
         if turn == site.turn and site.frame is not None:
             return
         if turn > site.accepted:
