@@ -398,7 +398,7 @@ class TestHub:
         start = time.monotonic()
         with pytest.raises(DataError, match=r"Hub dataset 'no/such:thing', split 'train': .*\n.*name a local CSV"):
             load(train="no/such:thing")
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 10
         assert [place.HF_HUB_OFFLINE for place in places] == [offline] * 2  # as it was
 
     def test_columns_splits_and_class_names(self, load, monkeypatch):

@@ -93,6 +93,7 @@ class Desk:
         self._run, self._round = "", 0
         self._deadline: float | None = None  # in seconds of the loop
         self._silence, self._beat = SILENCE_S, BEAT_S
+        self._next_watch = float("inf")
         self._over: str | None = None
         self._hellos = asyncio.Semaphore(HELLOS)
         self.room = Room(limit, loop)
@@ -181,8 +182,12 @@ class Desk:
     def watch(self) -> None:
         """Time and again: who has gone, and who is late."""
         now = self._loop.time()
-        self._loop.call_later(min(1.0, max(0.02, self._silence / 10)), self.watch)
+        stood_still = max(0.0, now - self._next_watch)  # a paused machine: that was not the sites' silence
+        pause = min(1.0, max(0.02, self._silence / 10))
+        self._next_watch = now + pause
+        self._loop.call_later(pause, self.watch)
         for site in self._sites.values():
+            site.seen = min(now, site.seen + stood_still)
             there = self._is_there(site, now)
             if site.there and not there:
                 self._tell("left", site.name, f"no sign of it for {self._silence:.3g} s")
