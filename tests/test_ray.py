@@ -181,6 +181,7 @@ def test_a_killed_worker_loses_its_sites_for_that_round_only(
     found = run(config(*name, wire, *more), framework, out=tmp_path / "killed")
     assert [event["event"] for event in found["events"]] == ["lost"] * len(found["events"])
     lost = {event["site"] for event in found["events"]}
+    assert all(event["reason"].startswith("its worker died: ") for event in found["events"])
     assert lost and lost < killed[0] if framework == "fedllm" else lost == killed[0]
     assert {event["round"] for event in found["events"]} == {2} and [e["round"] for e in found["curve"]] == [1, 2, 3]
 
@@ -226,6 +227,7 @@ def test_a_worker_that_is_late_is_started_again(address: str) -> None:
     first = dict(wire.exchange([("a", b""), ("b", b"")]))
     wire.start_round("run-0", 2, 1.0)
     assert dict(wire.exchange([("a", b""), ("b", b"sleep")])) == {"a": first["a"]}
+    assert wire.reasons == {"b": "its worker was not done at the round's deadline"}
     wire.start_round("run-0", 3, None)
     third = dict(wire.exchange([("a", b""), ("b", b"")]))
     assert third["a"] == first["a"] and third["b"] not in (None, first["b"])

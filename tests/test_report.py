@@ -216,8 +216,10 @@ def test_refused_answers_and_silent_sites_are_named() -> None:
     results["runs"][0]["events"] = [
         {"event": "refused", "round": 2, "site": "site-1", "reason": "site-1 sent <b>NaN</b>"},
         {"event": "lost", "round": 1, "site": "site-0"},
+        {"event": "lost", "round": 3, "site": "site-2", "reason": "its worker died"},
     ]
     page = render(results)
+    assert "round 3: site-2 fell silent: its worker died" in page
     assert "round 2: site-1 was refused: site-1 sent &lt;b&gt;NaN" in page and "round 1: site-0 fell silent" in page
 
 

@@ -115,7 +115,7 @@ def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress
                 continue
             raise
         done.state = state
-        done.lost(lab.round, lost)
+        done.lost(lab.round, lost, getattr(wire, "reasons", {}))
         return lost
 
 
@@ -250,12 +250,13 @@ class Progress:
         """An answer that does not count."""
         self._note({"event": "refused", "round": round, "site": site, "reason": str(error)})
 
-    def lost(self, round: int, sites: Iterable[str]) -> None:
-        """Sites that did not end the round."""
+    def lost(self, round: int, sites: Iterable[str], reasons: Mapping[str, str]) -> None:
+        """Sites that did not end the round, and why where the wire knows."""
         known = {event["site"] for event in self.events if event["round"] == round}
         for site in sites:
             if site not in known:
-                self._note({"event": "lost", "round": round, "site": site})
+                why = {"reason": reasons[site]} if reasons.get(site) else {}
+                self._note({"event": "lost", "round": round, "site": site, **why})
 
     def _note(self, event: dict[str, Any]) -> None:
         self.events.append(event)

@@ -156,7 +156,8 @@ def _events(results: Results) -> Iterator[str]:
     """A sentence for each answer that was refused and each site that fell silent."""
     for run in results["runs"]:
         for event in run.get("events") or []:
-            what = f"was refused: {event['reason']}" if event.get("reason") else "fell silent"
+            what = "fell silent" if event.get("event") == "lost" else "was refused"
+            what += f": {event['reason']}" if event.get("reason") else ""
             yield f"{run['framework']}, seed {run['seed']}, round {event['round']}: {event['site']} {what}"
 
 

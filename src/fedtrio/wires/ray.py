@@ -138,6 +138,7 @@ class Ray:
         self._workers = [_Worker(names[i::wanted]) for i in range(wanted)]
         self._round, self._until, self._began = 0, math.inf, False
         self._shared: tuple[bytes, Any] = (b"", None)
+        self.reasons: dict[str, str] = {}  # why sites are silent in this round
 
     @property
     def sites(self) -> list[str]:
@@ -147,6 +148,7 @@ class Ray:
     def start_round(self, run: str, round: int, deadline: float | None) -> None:
         """Workers forget open dialogues; those that have died are started again. WireError at the first start."""
         self._round, self._until = round, math.inf if deadline is None else time.monotonic() + deadline
+        self.reasons = {}
         told = {worker.actor.reset.remote(): worker for worker in self._workers if worker.up}
         self._ray.wait(list(told), num_returns=len(told), timeout=self._patience) if told else None
         for reference, worker in told.items():
@@ -173,7 +175,7 @@ class Ray:
             ready, _ = self._ray.wait(list(under_way), timeout=left)
             if not ready:
                 for worker, *_ in under_way.values():
-                    self._end(worker)
+                    self._end(worker, "its worker was not done at the round's deadline")
                 break
             worker, site, memory = under_way.pop(ready[0])
             if (answer := self._fetched(worker, ready[0], memory)) is None:
@@ -219,7 +221,7 @@ class Ray:
             except self._ray.exceptions.RayError as error:
                 if not self._began:
                     raise WireError(_why_not(error)) from error
-                self._end(worker)
+                self._end(worker, _why_not(error))
                 continue
             if version != metadata.version("fedtrio"):
                 raise WireError(
@@ -232,6 +234,8 @@ class Ray:
                 f"{len(late)} of {self.abreast} workers did not start within {patience:.0f} s: each asks for "
                 f"{said(self._asked)}; the cluster has {_total(self._ray)}, of which free: {said(free)}"
             )
+        for reference in late:
+            self.reasons |= dict.fromkeys(waiting[reference].sites, "the cluster has no room for its worker yet")
         self._began = True
 
     def _sent_next(self, worker: _Worker, queue: deque[tuple[str, bytes]]) -> dict[Any, tuple[_Worker, str, Any]]:
@@ -252,12 +256,13 @@ class Ray:
             return self._ray.get(list(references), timeout=self._patience)
         except self._ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
-        except self._ray.exceptions.RayError:
-            self._end(worker)
+        except self._ray.exceptions.RayError as error:
+            self._end(worker, f"its worker died: {_cause(error)}")
             return None
 
-    def _end(self, worker: _Worker) -> None:
+    def _end(self, worker: _Worker, reason: str = "") -> None:
         if worker.actor is not None:
+            self.reasons |= dict.fromkeys(worker.sites, reason)
             self._ray.kill(worker.actor)
             worker.actor = worker.hello = None
 
