@@ -48,7 +48,8 @@ def told(folder: Path) -> tuple[list[Any], str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All frameworks, never broken off."""
     folder = tmp_path_factory.mktemp("whole")
-    compare(config("frameworks=[fedllm,kd,split,local]"), folder, jobs=1)
+    runs = compare(config("frameworks=[fedllm,kd,split,local]"), folder, jobs=1)["runs"]
+    assert ["right" in run for run in runs] == [True, True, True, False]
     return folder
 
 

@@ -18,7 +18,7 @@ from fedtrio.report.page import all_printable, filled
 from fedtrio.report.svg import HEIGHT, RIGHT, WIDTH, Axis, short, svg, text, tone
 from fedtrio.report.tables import YARDSTICKS, Grid, Row, Score, score_of, summary
 from fedtrio.report.units import bytes_text, finite, flops_text, mean, memory_text, percent_text, seconds_text
-from fedtrio.report.verdict import paired
+from fedtrio.report.verdict import Scored, paired
 
 Study = Mapping[str, Any]
 KNOWN = {"round", "accuracy", "loss", "perplexity", "bytes_up", "bytes_down", "client_flops"}  # in a curve's entries
@@ -35,7 +35,7 @@ class Line:
     row: Row
     server_seconds: float | None
     lasts: float  # seconds over the default line
-    scores: dict[int, float]  # by seed
+    scored: Scored
     tests: int  # test texts, 0 where unknown
     more: dict[str, float] = field(default_factory=dict)  # what else the last round told, as aggregation_error
 
@@ -54,9 +54,8 @@ def lines_of(study: Study) -> list[Line]:
             more = {name: value for name, value in told.items() if value is not None}
             seconds = mean(run.get("server_seconds") for run in runs)
             lasts = link.breakdown(timed[row.framework])[-1] if row.framework in timed else 0.0
-            scores = {r["seed"]: score for r in runs if (score := finite(r.get(key))) is not None}
             tests = (point.get("tests") or 0) if key == "accuracy" else 0
-            found.append(Line(point["name"], point["settings"], row, seconds, lasts, scores, tests, more))
+            found.append(Line(point["name"], point["settings"], row, seconds, lasts, Scored.of(runs, key), tests, more))
     return found
 
 
@@ -167,7 +166,7 @@ def answer(study: Study) -> list[str]:
         return []
     best = (max if score.higher_is_better else min)(lines, key=lambda each: each.row.score or 0.0)
     others = [each for each in lines if each is not best]
-    found = [paired(best.scores, each.scores, min(best.tests, each.tests), score.higher_is_better) for each in others]
+    found = [paired(best.scored, each.scored, min(best.tests, each.tests), score) for each in others]
     head = f"{best.row.title} at {best.point} ({score.text(best.row.score)})"
     if not others:
         return [f"{head} ran alone."]
