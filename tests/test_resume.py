@@ -87,6 +87,13 @@ def test_the_process_wire_gives_the_same_bits(whole: Path, tmp_path: Path, worke
         assert peaks == [None] * 12
 
 
+def test_a_run_broken_off_after_its_last_round_tells_the_same(tmp_path: Path) -> None:
+    setting = config("rounds=1")
+    first, again = (run(setting, "fedllm", out=tmp_path) for _ in range(2))
+    assert first["right"]["texts"] == 20
+    differing(timeless(first), timeless(again))
+
+
 def test_nothing_is_left_running(tmp_path: Path) -> None:
     words = [
         f"--set={word}" for word in [*SMALL, "frameworks=[fedllm]", "rounds=1", "wire={name: process, workers: 2}"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made_up import made_up
 
-from fedtrio.report import link, sites, tables, verdict
+from fedtrio.report import link, sites, study, tables, verdict
 from fedtrio.report.link import Line
 from fedtrio.report.page import render
 
@@ -145,6 +145,15 @@ def test_without_the_same_texts_the_old_interval_stands(other: dict[str, Any] | 
     a, b = (321 / 402, 301 / 402)
     assert pair(results).half == pytest.approx(1.96 * math.sqrt((a * (1 - a) + b * (1 - b)) / 402))
     assert "text by text" in render(results)
+
+
+def test_points_of_a_study_with_one_seed_are_compared_text_by_text() -> None:
+    runs = answering(*table(300, 20, 0, 80))["runs"]
+    points = [{"name": name, "settings": {}, "runs": [run]} for name, run in zip("xy", runs, strict=True)]
+    told_of = {"study": "two", "varied": [], "points": points}
+    assert study.answer(told_of) == ["FedLLM at x (80.0 %) leads; KD-FedLLM at y is separably behind."]
+    runs[1]["right"]["sha256"] = "of others"
+    assert "the spread is unknown" in study.answer(told_of)[0]
 
 
 def test_only_common_seeds_are_paired_and_a_lost_one_makes_no_difference() -> None:

@@ -132,7 +132,8 @@ def answer(study: Study) -> list[str]:
         each for each, pair in zip(others, found, strict=True) if pair is None or pair[1] is None or pair[0] <= pair[1]
     ]
     if not level:
-        return [f"{head} leads; all {len(others)} others are separably behind."]
+        rest = f"all {len(others)} others are" if len(others) > 1 else f"{others[0].row.title} at {others[0].point} is"
+        return [f"{head} leads; {rest} separably behind."]
     verb = "is" if len(level) == 1 else "are"
     told = [f"{head} is the best; {len(level)} of {len(others)} others {verb} not separable from it."]
     cheap = min((each for each in [best, *level] if each.row.bytes_per_site), key=_bytes, default=best)

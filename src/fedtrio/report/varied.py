@@ -79,7 +79,7 @@ def places(study: Study) -> Places:
 
 
 def _by_number(points: Sequence[Mapping[str, Any]], key: str, varied: Sequence[str]) -> Places | None:
-    """None where a point has no such number, or groups are many, of less than two points, or have two at one place."""
+    """None where a point has no such number, or groups are many, short, nameless, or have two points at one place."""
     values = {point["name"]: _setting(point, key) for point in points}
     if any(isinstance(value, bool) or finite(value) is None for value in values.values()):
         return None
@@ -93,12 +93,15 @@ def _by_number(points: Sequence[Mapping[str, Any]], key: str, varied: Sequence[s
         return None
     at = {name: distinct.index(value) for name, value in values.items()}
     shared = set.intersection(*(set(name.split(", ")) for name in values))
-    groups = {}
+    groups, labels = {}, set()
     for names in others.values():
-        first = names[0]
-        said = {f"{key}={values[first]}", f"{values[first]}", *shared} if len(others) > 1 else set(first.split(", "))
-        words = [word.rpartition("=")[2] for word in first.split(", ") if word not in said]
-        groups |= dict.fromkeys(names, ", ".join(words))
+        said = {f"{key}={values[names[0]]}", f"{values[names[0]]}", *shared}
+        words = [word.rpartition("=")[2] for word in names[0].split(", ") if word not in said]
+        label = ", ".join(words) if len(others) > 1 else ""
+        groups |= dict.fromkeys(names, label)
+        labels.add(label)
+    if len(labels) < len(others):  # names do not tell them apart
+        return None
     return Places(NAMES.get(key, key), [f"{value:g}" for value in distinct], at, groups, True)
 
 
