@@ -207,7 +207,8 @@ def _chart(score: Score, by: Places, panel: Panel, found: Sequence[Series]) -> C
         spot = place_label(own.label, x, y, taken, WIDTH - 2)
         body.append(text(*spot, own.label, "start", f' class="label" style="--c:{tone(own.framework)}"'))
     said = [f"{own.label}: " + ", ".join(_said(point, by, panel) for point in own.points[:20]) for own in found[:20]]
-    return Chart(panel.key, panel.title, f"{by.name or 'Points'}: {'; '.join(said)}", HEIGHT + by.aslant, body)
+    title = f"{panel.title} (log)" if y_axis.log else panel.title
+    return Chart(panel.key, title, f"{by.name or 'Points'}: {'; '.join(said)}", HEIGHT + by.aslant, body)
 
 
 def _said(point: Point, by: Places, panel: Panel) -> str:
