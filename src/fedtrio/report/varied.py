@@ -241,6 +241,13 @@ def _cost_axis(values: Sequence[float]) -> Axis:
     return Axis(0.0, 1.1 * high or 1.0, HEIGHT - BOTTOM, TOP)
 
 
+def _shortened(names: Sequence[str]) -> list[str]:
+    """Each name's beginning, or where these are not all different, its end."""
+    heads = [short(name, LETTERS) for name in names]
+    tails = [name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}" for name in names]
+    return heads if len(set(heads)) == len(names) else tails
+
+
 def _grid(by: Places, x_axis: Axis, y_axis: Axis, panel: Panel) -> Iterator[str]:
     bottom = HEIGHT - BOTTOM
     for mark in y_axis.ticks():
@@ -249,12 +256,12 @@ def _grid(by: Places, x_axis: Axis, y_axis: Axis, panel: Panel) -> Iterator[str]
     every, step = 1, x_axis.at(1) - x_axis.at(0)
     while every * step < 13:  # a line of words
         every += 1
-    for place, words in enumerate(by.words):
+    for place, words in enumerate(_shortened(by.words)):
         x = x_axis.at(place)
         yield line(x, bottom, x, bottom + 4, "axis")
         if by.aslant and place % every == 0:
             turn = f' class="tick" transform="rotate({ANGLE} {x - 3:.1f} {bottom + 15})"'
-            yield text(x - 3, bottom + 15, short(words, LETTERS), "start", turn)
+            yield text(x - 3, bottom + 15, words, "start", turn)
         elif not by.aslant:
             yield text(x, bottom + 18, words, "middle", ' class="tick"')
     yield line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")
