@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -98,6 +99,16 @@ def test_results_have_every_key(results, place):
     assert len(runs["centralized"]["sites"]) == 1
 
 
+def test_which_texts_were_answered_right(results):
+    told = {name: entry["right"] for name, entry in runs_of(results).items() if "right" in entry}
+    assert told.keys() == {"fedllm", "kd", "split", "centralized"}  # `local` has as many models as sites
+    assert len({right["sha256"] for right in told.values()}) == 1
+    for name, right in told.items():
+        bits = "".join(f"{int(digit, 16):04b}" for digit in "".join(right["bits"]))
+        assert right["texts"] == len(bits) == 40 and bits.count("1") / 40 == runs_of(results)[name]["accuracy"]
+    assert told["fedllm"] == told["split"] != told["kd"]  # the first two end in the same weights
+
+
 def test_the_report_can_be_written_anew(results, place):
     path = place / "run" / "report.html"
     assert written_anew(place / "run") == {path: path.read_text(encoding="utf-8")}
@@ -180,7 +191,9 @@ def test_adapters_open_in_peft(results, place):
         opened = peft.PeftModel.from_pretrained(base, str(place / "run" / entry["adapter"])).eval()
         with torch.no_grad():
             found[name] = opened(**batch).logits
-        assert int((found[name].argmax(-1).numpy() == labels).sum()) / 40 == entry["accuracy"]
+        right = found[name].argmax(-1).numpy() == labels
+        assert right.sum() / 40 == entry["accuracy"] and 0 < right.sum() < 40
+        assert "".join(entry["right"]["bits"]) == np.packbits(right).tobytes().hex()  # text by text, in their order
         loss = float(torch.nn.functional.cross_entropy(found[name], torch.from_numpy(labels)))
         assert math.isclose(loss, entry["loss"], rel_tol=1e-5)
     for one, other in itertools.combinations(found.values(), 2):

@@ -109,6 +109,7 @@ def test_the_same_bits_as_in_process(run: Launch, whole: Path) -> None:
     assert there.keys() == here.keys()
     for ours, theirs in zip(there["runs"], here["runs"], strict=True):
         assert ours.keys() == theirs.keys() and ours["curve"][0].keys() == theirs["curve"][0].keys()
+        assert ours["right"] == theirs["right"] and ours["right"]["texts"] == 12
     assert there["data"]["test"] == 12 and there["data"]["train"] == 0  # the server holds no training data
     assert timeless(there["runs"][0]["curve"]) == timeless(here["runs"][0]["curve"])
 

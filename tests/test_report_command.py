@@ -110,6 +110,8 @@ def test_whatever_is_damaged_makes_a_page_or_two_lines(tmp_path: Path) -> None:
     """Values missing, null, a word, a list or negative, in turn: never a bug of ours."""
     results = made_up(sites=2, rounds=2, seeds=(0,), labels=2, finals={"fedllm": 0.8, "split": 0.7, "local": 0.5})
     results["runs"][0]["events"] = [{"event": "lost", "round": 1, "site": "site-00"}]
+    for run in results["runs"][:2]:
+        run["right"] = {"texts": 12, "sha256": "0", "bits": ["ff", "00"]}
     pages = refused = 0
     for number, (place, wrong) in enumerate(itertools.product(places(results), (GONE, None, "word", [], -1))):
         if number % 4:  # each place gets one or two of the five

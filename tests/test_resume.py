@@ -48,7 +48,8 @@ def told(folder: Path) -> tuple[list[Any], str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All frameworks, never broken off."""
     folder = tmp_path_factory.mktemp("whole")
-    compare(config("frameworks=[fedllm,kd,split,local]"), folder, jobs=1)
+    runs = compare(config("frameworks=[fedllm,kd,split,local]"), folder, jobs=1)["runs"]
+    assert ["right" in run for run in runs] == [True, True, True, False]
     return folder
 
 
@@ -84,6 +85,13 @@ def test_the_process_wire_gives_the_same_bits(whole: Path, tmp_path: Path, worke
         assert all(200e6 < peak < 3e9 for peak in peaks)
     else:
         assert peaks == [None] * 12
+
+
+def test_a_run_broken_off_after_its_last_round_tells_the_same(tmp_path: Path) -> None:
+    setting = config("rounds=1")
+    first, again = (run(setting, "fedllm", out=tmp_path) for _ in range(2))
+    assert first["right"]["texts"] == 20
+    differing(timeless(first), timeless(again))
 
 
 def test_nothing_is_left_running(tmp_path: Path) -> None:

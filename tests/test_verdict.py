@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 from made_up import made_up
 
-from fedtrio.report import link, sites, tables, verdict
+from fedtrio.report import link, sites, study, tables, verdict
 from fedtrio.report.link import Line
+from fedtrio.report.page import render
 
 
 def student_by_sums(t: float, freedom: int) -> float:
@@ -63,6 +68,92 @@ def test_the_wider_of_seeds_and_test_texts_counts() -> None:
     results["data"]["test"] = 400
     a, b = (0.8 * 400 + 1) / 402, (0.5 * 400 + 1) / 402
     assert pair(results).half == pytest.approx(1.96 * math.sqrt((a * (1 - a) + b * (1 - b)) / 402))
+
+
+def told(run: dict[str, Any], answers: Sequence[bool], sha256: str = "of these texts") -> None:
+    """The run as it is where these texts were answered right."""
+    digits = np.packbits(answers).tobytes().hex()
+    lines = [digits[start : start + 64] for start in range(0, len(digits), 64)]
+    run["accuracy"] = sum(answers) / len(answers)
+    run["right"] = {"texts": len(answers), "sha256": sha256, "bits": lines}
+
+
+def answering(*answers: list[Sequence[bool]]) -> tables.Results:
+    """Results of FedLLM and KD-FedLLM, each with what it answered right, seed by seed."""
+    n, seeds = len(answers[0][0]), len(answers[0])
+    results = made_up(finals={"fedllm": 0.5, "kd": 0.5}, seeds=range(seeds), test=n)
+    for run, own in zip(results["runs"], itertools.chain(*answers), strict=True):
+        told(run, own)
+    return results
+
+
+def table(both: int, only_a: int, only_b: int, neither: int) -> list[list[Sequence[bool]]]:
+    """Answers of a and of b, of one seed, from a two by two table."""
+    cells = ((1, 1, both), (1, 0, only_a), (0, 1, only_b), (0, 0, neither))
+    return [[[bool(cell[side]) for cell in cells for _ in range(cell[2])]] for side in (0, 1)]
+
+
+def test_matched_pairs_by_hand() -> None:
+    """40 texts both, 20 only a, 10 only b, 30 neither. Half a text more in each cell: 20.5 and 10.5 of 102 differ, so
+    that the middle is 10/102 and the variance (31 − 100/102) / 102²."""
+    found = pair(answering(*table(40, 20, 10, 30)))
+    middle, half = 10 / 102, 1.96 * math.sqrt(31 - 100 / 102) / 102
+    assert found.half is not None and found.gain == pytest.approx(0.1)
+    assert found.gain - found.half == pytest.approx(middle - half)  # the end that decides
+    assert found.gain + found.half == pytest.approx(middle + half + 2 * (0.1 - middle))
+    assert half == pytest.approx(0.10528, abs=1e-5) and not found.separable
+
+
+def test_matched_pairs_of_several_seeds_are_the_plain_sum_over_texts() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.random((3, 203)) < share for share in (0.7, 0.6))  # seeds, texts; no whole number of bytes
+    differences = (a.astype(float) - b).mean(0)
+    padded = np.concatenate([differences, [1.0, -1.0, 0.0]])  # half a text each of the first two, one of the last
+    weights = np.array([1.0] * 203 + [0.5, 0.5, 1.0])
+    middle = (weights * padded).sum() / 205
+    half = 1.96 * math.sqrt((weights * (padded - middle) ** 2).sum() / 205 / 205)
+    bits = [[int("".join(str(int(x)) for x in seed), 2) for seed in side] for side in (a, b)]
+    assert verdict.matched(*bits, tests=203) - abs(differences.mean() - middle) == pytest.approx(half)
+    results = answering(list(a), list(b))
+    over_seeds = 4.303 * tables.deviation([*(a.mean(1) - b.mean(1))]) / math.sqrt(3)  # type: ignore[operator]
+    assert pair(results).half == pytest.approx(max(over_seeds, verdict.matched(*bits, tests=203)))
+
+
+def test_the_same_texts_answered_alike_tell_more_than_as_many_of_other_answers() -> None:
+    alike, at_odds = answering(*table(1500, 30, 0, 470)), answering(*table(0, 1015, 985, 0))
+    old = answering(*table(1500, 30, 0, 470))
+    for run in old["runs"]:
+        del run["right"]
+    gains = [(pair(results).gain, pair(results).half) for results in (alike, old, at_odds)]
+    assert {round(gain, 6) for gain, _ in gains} == {0.015}
+    (_, near), (_, plain), (_, far) = gains
+    assert near is not None and plain is not None and far is not None and near < 0.5 * plain < plain < far
+    assert pair(alike).separable and not pair(old).separable  # and 500 digits reach the page whole:
+    assert "are not separable" in render(old) and "are not separable" not in render(alike)
+
+
+def test_equal_answers_make_no_difference() -> None:
+    found = pair(answering(*table(250, 0, 0, 150)))
+    assert (found.gain, found.separable) == (0.0, False) and found.half == pytest.approx(1.96 / 402)
+
+
+@pytest.mark.parametrize("other", [None, {"sha256": "of others"}])
+def test_without_the_same_texts_the_old_interval_stands(other: dict[str, Any] | None) -> None:
+    results = answering(*table(300, 20, 0, 80))
+    run = results["runs"][1]
+    run["right"] = run["right"] | other if other else None
+    a, b = (321 / 402, 301 / 402)
+    assert pair(results).half == pytest.approx(1.96 * math.sqrt((a * (1 - a) + b * (1 - b)) / 402))
+    assert "text by text" in render(results)
+
+
+def test_points_of_a_study_with_one_seed_are_compared_text_by_text() -> None:
+    runs = answering(*table(300, 20, 0, 80))["runs"]
+    points = [{"name": name, "settings": {}, "runs": [run]} for name, run in zip("xy", runs, strict=True)]
+    told_of = {"study": "two", "varied": [], "points": points}
+    assert study.answer(told_of) == ["FedLLM at x (80.0 %) leads; KD-FedLLM at y is separably behind."]
+    runs[1]["right"]["sha256"] = "of others"
+    assert "the spread is unknown" in study.answer(told_of)[0]
 
 
 def test_only_common_seeds_are_paired_and_a_lost_one_makes_no_difference() -> None:

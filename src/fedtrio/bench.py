@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -235,6 +237,17 @@ class Bench:
     def evaluate(self, lab: Lab, adapter: Adapter) -> Scores:
         """Score an adapter on the test set."""
         return evaluate(lab.model, adapter, self.encoded["test"], lab.pad_id)
+
+    def answers(self, digits: str) -> dict[str, Any]:
+        """Which of the test texts a run answered right, as results.json has it; the server's own texts, not a site's.
+
+        Answers of two runs can be compared text by text where `sha256`, of texts and labels in order, is the same.
+        """
+        rows = self.corpus.test
+        assert rows.labels is not None
+        said = json.dumps([rows.prompts, [self.corpus.labels[label] for label in rows.labels]])
+        lines = [digits[start : start + 64] for start in range(0, len(digits), 64)]
+        return {"texts": len(rows), "sha256": hashlib.sha256(said.encode()).hexdigest(), "bits": lines}
 
     def describe(self) -> dict[str, Any]:
         """The `data` part of results.json."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,11 +18,16 @@ from .models.train import Adapter
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy and mean cross-entropy: over examples, or for causal-lm over target tokens."""
+    """Accuracy and mean cross-entropy: over examples, or for causal-lm over target tokens.
+
+    `right` has a bit for each example, in their order and from the highest of the first byte on: 1 where it was
+    answered right. Empty for causal-lm, and in what a message says.
+    """
 
     accuracy: float
     loss: float
     counted: int
+    right: bytes = b""
 
     @property
     def perplexity(self) -> float:
@@ -41,7 +47,8 @@ class Scores:
 
 def evaluate(model: AdaptedModel, adapter: Adapter, test: Encoded, pad_id: int, batch_size: int = 64) -> Scores:
     """Run the test set through the model without dropout; sums are kept in fp64."""
-    right, loss, counted = 0, 0.0, 0
+    hits, loss, counted = 0, 0.0, 0
+    right = np.zeros(len(test) if model.task == "classification" else 0, dtype=bool)
     with torch.no_grad():
         for indices in length_sorted_batches(test, batch_size):
             batch = collate(test, indices, pad_id)
@@ -51,7 +58,10 @@ def evaluate(model: AdaptedModel, adapter: Adapter, test: Encoded, pad_id: int, 
             if logits.dim() == 3:
                 kept = targets[:, 1:] != IGNORE
                 logits, targets = logits[:, :-1][kept], targets[:, 1:][kept]
-            right += int((logits.argmax(-1) == targets).sum())
+            hit = logits.argmax(-1) == targets
+            if len(right):
+                right[indices] = hit.cpu().numpy()
+            hits += int(hit.sum())
             loss += float(F.cross_entropy(logits, targets, reduction="sum"))
             counted += len(targets)
-    return Scores(right / max(1, counted), loss / max(1, counted), counted)
+    return Scores(hits / max(1, counted), loss / max(1, counted), counted, np.packbits(right).tobytes())

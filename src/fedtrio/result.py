@@ -27,6 +27,11 @@ def shown(scores: Scores | None, task: str) -> dict[str, Any]:
     return {name: getattr(scores, name) for name in names}
 
 
+def answered(scores: Scores | None) -> str:
+    """Which test texts were answered right, as hexadecimal digits; empty where nobody knows, or the run diverged."""
+    return scores.right.hex() if scores is not None and math.isfinite(scores.loss) else ""
+
+
 def mean_of(scores: Sequence[Scores]) -> Scores:
     """The mean over sites, which stands for a run in which each has its own model."""
     accuracy = math.fsum(s.accuracy for s in scores) / len(scores)

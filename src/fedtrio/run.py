@@ -22,7 +22,7 @@ from .frameworks.lab import Framework, Lab, ServerProgram, State
 from .ledger import Ledger
 from .meter import Meter
 from .program import ACCOUNT, CONCLUDE, Site, Wire, ask, drive
-from .result import costs, mean_of, save, shown, spent
+from .result import answered, costs, mean_of, save, shown, spent
 from .wires.loopback import Loopback
 from .wires.process import Process
 from .wires.ray import Ray
@@ -64,6 +64,7 @@ def run(
             done.round_seconds += time.perf_counter() - start
             adapter = method.adapter(lab, done.state)
             scores = bench.evaluate(lab, adapter) if adapter is not None else None
+            done.right = answered(scores)
             if config.deadline is not None:  # the round's may have passed, and questions come after it
                 wire.start_round(name, lab.round, config.deadline)
             done.efforts |= ask(wire, ACCOUNT, sorted(set(wire.sites) - set(lost)), lab.round)
@@ -143,6 +144,7 @@ def _entry(
     accuracies = {site: own[site].accuracy if site in own else common for site in examples}
     reached = {key: last[key] for key in ("accuracy", "loss", "perplexity") if key in last}
     result = {"framework": framework, "seed": lab.seed, "rounds": rounds, **reached}
+    result |= {"right": bench.answers(done.right)} if done.right else {}
     accounts = {site: {**done.efforts[site], **of_sites.get(site, {})} for site in examples}
     result |= costs(method, examples, accuracies, done.ledger, accounts)
     result |= {name: round(getattr(done, name), 3) for name in ("server_seconds", "round_seconds")}
@@ -202,6 +204,7 @@ class Progress:
     curve: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # answers refused, sites lost
     efforts: dict[str, Any] = field(default_factory=dict)  # what each site last said that it had spent
+    right: str = ""  # test texts that the last round's adapter answered right
     server_seconds: float = 0.0
     round_seconds: float = 0.0  # from the first message of a round to its last
     folder: Path | None = None
@@ -219,7 +222,7 @@ class Progress:
             }  # an empty one left no trace
             start.ledger.restore(facts["ledger"])
             start.curve, start.events, start.efforts = facts["curve"], facts["events"], facts["efforts"]
-            start.server_seconds = facts["server_seconds"]
+            start.right, start.server_seconds = facts.get("right", ""), facts["server_seconds"]
             start.round_seconds = facts.get("round_seconds", 0.0)
         return start
 
@@ -230,6 +233,7 @@ class Progress:
         if self.journal:
             counted = {"curve": self.curve, "events": self.events, "efforts": self.efforts}
             counted |= {"server_seconds": self.server_seconds, "round_seconds": self.round_seconds}
+            counted |= {"right": self.right}
             counted["ledger"] = self.ledger.saved()
             self.journal.commit(round, self.state, counted)
 

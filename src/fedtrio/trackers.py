@@ -73,7 +73,7 @@ class Trackers:
     def finished(self, entry: Mapping[str, Any]) -> None:
         """A run has ended: what it cost in all."""
         which = entry["framework"], entry["seed"]
-        known = entry["curve"][-1].keys()
+        known = {*entry["curve"][-1], "right.texts"}  # told already, or no cost
         self._each(*which, lambda run: run.log(_numbers(entry, "seed", "rounds", *known), entry["rounds"]))
         self._each(*which, lambda run: run.finish(False))
         self._open.pop(which, None)

@@ -144,12 +144,17 @@ def x_axis_of(x: str, values: Sequence[float], right: float) -> Axis:
     return Axis(low / ratio, high * ratio, LEFT, right, log=True)
 
 
+def brief(words: str) -> str:
+    """A number with its unit, without zeros at its end: `1.50 MB` is `1.5 MB`."""
+    return re.sub(r"(\.\d*?)0+ ", r"\1 ", words).replace(". ", " ")
+
+
 def _marks(x: str, axis: Axis) -> Iterator[tuple[float, str]]:
     """Ticks of the x axis and their words, without those for which there is no room."""
     found = [mark for mark in CLOCK if axis.low <= mark <= axis.high] if x == "seconds" else axis.ticks(5)
     until = -1.0
     for mark in found:
-        words = re.sub(r"(\.\d*?)0+ ", r"\1 ", AXES[x].write(mark)).replace(". ", " ")
+        words = brief(AXES[x].write(mark))
         half = LETTER * len(words) / 2
         if axis.at(mark) - half > until and (x != "round" or mark == int(mark)):
             until = axis.at(mark) + half + 4
@@ -203,7 +208,8 @@ def steps(best: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis) -> st
     return f'<path class="front" d="{start}{outline}H{WIDTH - RIGHT}"/>'
 
 
-def _curve(framework: str, points: list[Point], x_axis: Axis, y_axis: Axis, tell: Callable[[Point], str]) -> str:
+def curve(framework: str, points: list[Point], x_axis: Axis, y_axis: Axis, tell: Callable[[Point], str]) -> str:
+    """A line through the points, their range over the seeds as a band, and marks with what `tell` says of each."""
     spots = [(x_axis.at(point.x), y_axis.at(point.y)) for point in points]
     parts = []
     if len(points) > 1 and any(point.high > point.low for point in points):
@@ -256,7 +262,7 @@ def _yardstick(framework: str, words: str, value: float, y_axis: Axis, taken: li
     )
 
 
-def _boxes(points: list[Point], x_axis: Axis, y_axis: Axis) -> list[Box]:
+def boxes(points: list[Point], x_axis: Axis, y_axis: Axis) -> list[Box]:
     """Small boxes along a curve, which labels should not cover."""
     spots = [(x_axis.at(point.x), y_axis.at(point.y)) for point in points]
     dense = [
@@ -282,7 +288,7 @@ def quality(results: Results, x: str) -> str:
     finals = {row.framework: row.score for row in summary(results) if row.score is not None}
     yards = {name: finals[name] for name in YARDSTICKS if name in finals}
     x_axis, y_axis = _axes(results, x, curves, yards)
-    taken = [box for points in curves.values() for box in _boxes(points, x_axis, y_axis)]
+    taken = [box for points in curves.values() for box in boxes(points, x_axis, y_axis)]
     body = [*grid(x, x_axis, y_axis, score)]
     if x in ("bytes", "flops"):
         best = front([(p.x, p.y) for points in curves.values() for p in points], score.higher_is_better)
@@ -295,7 +301,7 @@ def quality(results: Results, x: str) -> str:
         place = (lambda _: "") if x == "round" else AXES[x].write
         return lambda point: f"{title_of(name)}, round {point.round}: {score.text(point.y)} {place(point.x)}".rstrip()
 
-    body += [_curve(name, points, x_axis, y_axis, tell(name)) for name, points in curves.items()]
+    body += [curve(name, points, x_axis, y_axis, tell(name)) for name, points in curves.items()]
     for name, points in curves.items():
         words = title_of(name)
         spot = place_label(words, x_axis.at(points[-1].x), y_axis.at(points[-1].y), taken, WIDTH - 2)

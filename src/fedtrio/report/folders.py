@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedtrio.errors import ConfigError
 from fedtrio.report.page import flat, render
@@ -63,6 +63,18 @@ class _Round(_Spent):
     aggregation_error: Amount | None = None
 
 
+class _Right(_Open):
+    texts: Annotated[int, Field(ge=1)]
+    sha256: str
+    bits: list[Annotated[str, Field(pattern="^[0-9a-f]+$")]]
+
+    @model_validator(mode="after")
+    def _a_bit_for_each_text(self) -> _Right:
+        if sum(map(len, self.bits)) != 2 * -(-self.texts // 8):
+            raise ValueError(f"{4 * sum(map(len, self.bits))} bits are not one for each of {self.texts} texts")
+        return self
+
+
 class _Run(_Spent):
     framework: str
     seed: int
@@ -75,6 +87,7 @@ class _Run(_Spent):
     client_accuracy: dict[str, Amount | None] = {}
     how: dict[str, str] = {}
     adapter_sha256: str | None = None
+    right: _Right | None = None
 
 
 class _Holding(_Open):

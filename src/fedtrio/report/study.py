@@ -5,73 +5,27 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 from markupsafe import Markup
 
-from fedtrio.report import link
+from fedtrio.report import link, varied
 from fedtrio.report.curves import AXES, front, grid, marker, place_label, steps, x_axis_of, y_axis_of
 from fedtrio.report.page import all_printable, filled
+from fedtrio.report.points import Line, Study, lines_of, score_in
 from fedtrio.report.svg import HEIGHT, RIGHT, WIDTH, Axis, short, svg, text, tone
-from fedtrio.report.tables import YARDSTICKS, Grid, Row, Score, score_of, summary
-from fedtrio.report.units import bytes_text, finite, flops_text, mean, memory_text, percent_text, seconds_text
+from fedtrio.report.tables import YARDSTICKS, Grid, Score
+from fedtrio.report.units import bytes_text, finite, flops_text, memory_text, percent_text, seconds_text
 from fedtrio.report.verdict import paired
 
-Study = Mapping[str, Any]
-KNOWN = {"round", "accuracy", "loss", "perplexity", "bytes_up", "bytes_down", "client_flops"}  # in a curve's entries
-KNOWN |= {"messages", "client_seconds", "server_seconds"}
 KEYS = 30  # settings that differ, shown at most
-
-
-@dataclass(frozen=True)
-class Line:
-    """One framework at one point: what was set there, and what came of it, means over the seeds."""
-
-    point: str
-    settings: Mapping[str, Any]
-    row: Row
-    server_seconds: float | None
-    lasts: float  # seconds over the default line
-    scores: dict[int, float]  # by seed
-    tests: int  # test texts, 0 where unknown
-    more: dict[str, float] = field(default_factory=dict)  # what else the last round told, as aggregation_error
-
-
-def lines_of(study: Study) -> list[Line]:
-    """All lines, in the order of the points and of their frameworks."""
-    found, key = [], _score(study).key
-    for point in study["points"]:
-        results = {"config": {**point.get("config", {}), "task": _task(study)}, "runs": point["runs"]}
-        timed = link.timed(results)
-        for row in summary(results):
-            runs = [run for run in point["runs"] if run["framework"] == row.framework]
-            last = [run["curve"][-1] for run in runs if run.get("curve")]
-            names = dict.fromkeys(name for entry in last for name in entry if name not in KNOWN)
-            told = {name: mean(entry.get(name) for entry in last) for name in names}
-            more = {name: value for name, value in told.items() if value is not None}
-            seconds = mean(run.get("server_seconds") for run in runs)
-            lasts = link.breakdown(timed[row.framework])[-1] if row.framework in timed else 0.0
-            scores = {r["seed"]: score for r in runs if (score := finite(r.get(key))) is not None}
-            tests = (point.get("tests") or 0) if key == "accuracy" else 0
-            found.append(Line(point["name"], point["settings"], row, seconds, lasts, scores, tests, more))
-    return found
-
-
-def _task(study: Study) -> str:
-    entries = (run for point in study["points"] for run in point["runs"])
-    return "causal-lm" if any("perplexity" in run for run in entries) else "classification"
-
-
-def _score(study: Study) -> Score:
-    return score_of({"config": {"task": _task(study)}})
 
 
 def columns(study: Study) -> tuple[list[str], list[list[object]]]:
     """Heads and rows of plain numbers: bytes, FLOPs, seconds; costs of the mean site over the whole run."""
-    lines, key = lines_of(study), _score(study).key
+    lines, key = lines_of(study), score_in(study).key
     more = list(dict.fromkeys(name for each in lines for name in each.more))
     varied = list(study["varied"])
     heads = ["point", *varied, "framework", "seeds", key, f"{key}_sd", "client_accuracy_min", "bytes_up", "bytes_down"]
@@ -97,7 +51,7 @@ def csv_text(study: Study) -> str:
 
 def words(study: Study) -> tuple[list[str], list[list[str]]]:
     """The table for people: heads and rows of text."""
-    score, lines = _score(study), lines_of(study)
+    score, lines = score_in(study), lines_of(study)
     more = list(dict.fromkeys(name for each in lines for name in each.more))
     heads = ["Point", "Framework", score.name, "Weakest site", "Up / site", "Down / site", "Compute / site"]
     heads += ["Peak memory", "Server time", *(name.replace("_", " ").capitalize() for name in more)]
@@ -143,16 +97,17 @@ def render(study: Study) -> str:
     study = all_printable(study)
     heads, rows = words(study)
     lines = lines_of(study)
-    shown = [(name, Markup(_scatter(lines, _score(study), name))) for name in _COSTS]
+    shown = [(name, Markup(_scatter(lines, score_in(study), name))) for name in _COSTS]
     seeds = sum(len(point["runs"]) for point in study["points"])
     context = {"title": study["study"], "heads": heads, "rows": [*zip(lines, rows, strict=True)]}
     context |= {"answer": answer(study), "notes": study.get("notes") or [], "differ": differ(study), "slider": None}
+    context["varied"] = [(title, Markup(chart)) for title, chart in varied.drawings(study)]
     context["files"] = not study.get("folders")
     facts = [("Points", len(study["points"])), ("Runs", seeds), ("Varied", ", ".join(study["varied"]) or "nothing")]
     captions = {"bytes": "bytes of a site", "flops": "operations of a site"}
     captions["seconds"] = f"time over {link.DEFAULT.rate:g} Mbit/s, {link.DEFAULT.trip:g} ms"
     return filled(
-        "study.html.j2", context | {"facts": facts, "charts": shown, "captions": captions, "score": _score(study)}
+        "study.html.j2", context | {"facts": facts, "charts": shown, "captions": captions, "score": score_in(study)}
     )
 
 
@@ -161,13 +116,13 @@ def render(study: Study) -> str:
 
 def answer(study: Study) -> list[str]:
     """Which framework at which point leads, what is not separable from it, and which of that moves the fewest bytes."""
-    score = _score(study)
+    score = score_in(study)
     lines = [each for each in lines_of(study) if each.row.framework not in YARDSTICKS and each.row.score is not None]
     if not lines:
         return []
     best = (max if score.higher_is_better else min)(lines, key=lambda each: each.row.score or 0.0)
     others = [each for each in lines if each is not best]
-    found = [paired(best.scores, each.scores, min(best.tests, each.tests), score.higher_is_better) for each in others]
+    found = [paired(best.scored, each.scored, min(best.tests, each.tests), score) for each in others]
     head = f"{best.row.title} at {best.point} ({score.text(best.row.score)})"
     if not others:
         return [f"{head} ran alone."]
@@ -177,7 +132,8 @@ def answer(study: Study) -> list[str]:
         each for each, pair in zip(others, found, strict=True) if pair is None or pair[1] is None or pair[0] <= pair[1]
     ]
     if not level:
-        return [f"{head} leads; all {len(others)} others are separably behind."]
+        rest = f"all {len(others)} others are" if len(others) > 1 else f"{others[0].row.title} at {others[0].point} is"
+        return [f"{head} leads; {rest} separably behind."]
     verb = "is" if len(level) == 1 else "are"
     told = [f"{head} is the best; {len(level)} of {len(others)} others {verb} not separable from it."]
     cheap = min((each for each in [best, *level] if each.row.bytes_per_site), key=_bytes, default=best)

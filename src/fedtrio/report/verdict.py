@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, count, islice
+from itertools import combinations, count, islice, product
+from typing import Any
 
 from fedtrio.report.tables import (
     SKEWED,
     YARDSTICKS,
     Results,
     Row,
+    Score,
     deviation,
     frameworks_of,
     score_of,
@@ -45,11 +47,32 @@ def student(freedom: int) -> float:
 # How sure a number is -------------------------------------------------------------------------------------------------
 
 
-def _scores(results: Results, framework: str) -> dict[int, float]:
-    """Score of each seed that ended with a finite one."""
-    key = score_of(results).key
-    found = {run["seed"]: finite(run.get(key)) for run in results["runs"] if run["framework"] == framework}
-    return {seed: score for seed, score in found.items() if score is not None}
+@dataclass(frozen=True)
+class Scored:
+    """What runs of one framework reached, by seed: each finite score, and which test texts were answered right.
+
+    `right` has for each seed which texts these were (SHA-256), how many, and a number with a bit for each; runs that
+    do not tell are not in it.
+    """
+
+    scores: Mapping[int, float]
+    right: Mapping[int, tuple[str, int, int]]
+
+    @classmethod
+    def of(cls, runs: Sequence[Mapping[str, Any]], key: str) -> Scored:
+        """From entries of results.json; `key` is that of the score."""
+        scores = {run["seed"]: score for run in runs if (score := finite(run.get(key))) is not None}
+        told = {run["seed"]: run["right"] for run in runs if run.get("right") and run["seed"] in scores}
+        return cls(scores, {seed: (right["sha256"], right["texts"], _bits(right)) for seed, right in told.items()})
+
+
+def _bits(right: Mapping[str, Any]) -> int:
+    digits = "".join(right["bits"])
+    return int(digits, 16) >> (4 * len(digits) - right["texts"])
+
+
+def _scored(results: Results, framework: str) -> Scored:
+    return Scored.of([run for run in results["runs"] if run["framework"] == framework], score_of(results).key)
 
 
 def _tests(results: Results) -> int:
@@ -62,7 +85,7 @@ def interval(results: Results, row: Row) -> tuple[float, float] | None:
     Over n seeds it is the mean ± t s/√n; over the test texts it is Wilson's ("Probable inference, the law of
     succession, and statistical inference", 1927). None where neither is known.
     """
-    scores, found = [*_scores(results, row.framework).values()], []
+    scores, found = [*_scored(results, row.framework).scores.values()], []
     if row.score is None:
         return None
     spread = deviation(scores)
@@ -78,29 +101,54 @@ def interval(results: Results, row: Row) -> tuple[float, float] | None:
     return max(found, key=lambda ends: ends[1] - ends[0], default=None)
 
 
-def paired(
-    of_a: Mapping[int, float], of_b: Mapping[int, float], tests: int, higher_is_better: bool
-) -> tuple[float, float | None, list[int]] | None:
+def paired(a: Scored, b: Scored, tests: int, score: Score) -> tuple[float, float | None, list[int]] | None:
     """By how much a is better than b, the half width of the 95 % interval of that, and the common seeds.
 
     The interval is over the seeds, mean ± t s/√n of the differences seed by seed, or over the test texts, whichever is
-    wider. For n texts it takes the two accuracies as found on texts of their own, each with one success and one failure
-    added (Agresti and Caffo, "Simple and effective confidence intervals for proportions", 2000); as both answer the
-    same texts, this is rather too wide than too narrow. The half width is None where neither is known.
+    wider; the half width is None where neither is known. Over the texts it is `matched` where all these runs tell which
+    of the same texts they answered right. Else the two accuracies are taken as found on `tests` texts of their own,
+    each with one success and one failure added (Agresti and Caffo, "Simple and effective confidence intervals for
+    proportions", 2000), which is rather too wide than too narrow.
     """
-    seeds = sorted(of_a.keys() & of_b.keys())
+    seeds = sorted(a.scores.keys() & b.scores.keys())
     if not seeds:
         return None
-    sign = 1 if higher_is_better else -1
-    gains = [sign * (of_a[seed] - of_b[seed]) for seed in seeds]
+    sign = 1 if score.higher_is_better else -1
+    gains = [sign * (a.scores[seed] - b.scores[seed]) for seed in seeds]
     halves, spread = [], deviation(gains)
     if spread is not None:
         halves.append(student(len(seeds) - 1) * spread / math.sqrt(len(seeds)))
-    if tests:
-        means = [sum(scores[seed] for seed in seeds) / len(seeds) for scores in (of_a, of_b)]
+    told = [side.right.get(seed) for side in (a, b) for seed in seeds]
+    answers = [each for each in told if each is not None]
+    if len(answers) == len(told) and len({(sha256, texts) for sha256, texts, _ in answers}) == 1:
+        bits = [each[2] for each in answers]
+        halves.append(matched(bits[: len(seeds)], bits[len(seeds) :], answers[0][1]))
+    elif tests:
+        means = [sum(side.scores[seed] for seed in seeds) / len(seeds) for side in (a, b)]
         shares = [(mean * tests + 1) / (tests + 2) for mean in means]
         halves.append(1.96 * math.sqrt(sum(share * (1 - share) for share in shares) / (tests + 2)))
     return sum(gains) / len(gains), max(halves, default=None), seeds
+
+
+def matched(of_a: Sequence[int], of_b: Sequence[int], tests: int) -> float:
+    """Half width of the 95 % interval of a difference of two accuracies on the same texts; bits by seed, 1 for right.
+
+    d_i is the mean over the seeds of (right of a) − (right of b) on text i of n. With one seed it is 1, 0 or −1, and
+    Agresti and Min ("Simple improved confidence intervals for comparing matched proportions", 2005) add half a text to
+    each of the four cells: one more in which the two agree, and half a one each for d = 1 and d = −1. The same texts
+    are added for several seeds, so that N = n + 2, the middle is m = Σd / N, and the half width
+
+        1.96 · √((Σd² + 1) / N − m²) / √N.
+
+    The report shows Σd / n as the middle, so their distance, which is |m| · 2 / n, is added: the end nearer to zero is
+    exactly Agresti and Min's. Seeds count as fixed: what another seed would do, the interval over the seeds says.
+    """
+    signed = [(1, bits) for bits in of_a] + [(-1, bits) for bits in of_b]
+    total = sum(sign * bits.bit_count() for sign, bits in signed) / len(of_a)
+    # (Σ over seeds)² on each text, summed over the texts, is counted pair by pair
+    squares = sum(s * t * (x & y).bit_count() for (s, x), (t, y) in product(signed, repeat=2)) / len(of_a) ** 2
+    middle = total / (tests + 2)
+    return 1.96 * math.sqrt(((squares + 1) / (tests + 2) - middle**2) / (tests + 2)) + abs(middle) * 2 / tests
 
 
 @dataclass(frozen=True)
@@ -122,8 +170,8 @@ class Difference:
 
 def difference(results: Results, a: Row, b: Row) -> Difference | None:
     """The paired difference over the seeds that both have run; None where a score or a common seed is missing."""
-    of_a, of_b = _scores(results, a.framework), _scores(results, b.framework)
-    found = paired(of_a, of_b, _tests(results), score_of(results).higher_is_better)
+    of_a, of_b = _scored(results, a.framework), _scored(results, b.framework)
+    found = paired(of_a, of_b, _tests(results), score_of(results))
     if found is None or a.score is None or b.score is None:
         return None
     gain, half, seeds = found
