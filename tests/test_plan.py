@@ -17,6 +17,7 @@ from fedtrio.config_file import load_config
 from fedtrio.data.private import PrivateData
 from fedtrio.errors import ConfigError, ModelError
 from fedtrio.frameworks import PROTOCOLS, FedLLM, Split
+from fedtrio.frameworks.split_cuts import of_batch
 from fedtrio.ledger import Ledger
 from fedtrio.meter import Meter
 from fedtrio.models.lora import LoraConfig
@@ -24,7 +25,7 @@ from fedtrio.plan.family import Family, described, family
 from fedtrio.plan.predict import COUNTS, Assumed, model_of, play, predict
 from fedtrio.plan.profiles import DEVICES, LINKS, Device, Link, device, link, timed
 from fedtrio.plan.rehearsal import DryLab, Place
-from fedtrio.plan.split import CACHED
+from fedtrio.plan.split import CACHED, chosen
 from fedtrio.program import Site, drive
 from fedtrio.run import run, sample
 from fedtrio.wires.loopback import Loopback
@@ -118,6 +119,25 @@ def test_split_of_a_language_model() -> None:
     check(both(Split().decided("causal-lm"), "llama", "causal-lm", n=1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels"), [("bert", "server"), pytest.param("gpt2", "client", marks=pytest.mark.slow)]
+)
+def test_an_automatic_cut_is_that_which_a_run_chooses(kind: str, labels: str) -> None:
+    """One site computes slower than the server, one has memory for three blocks, one for all."""
+    real, last = tiny_lab(adapted(kind)), None if labels == "server" else 0
+    costs = of_batch(real.model, real.train, last)
+    assert costs == of_batch(kin(kind, "classification", "fp64").model(4), real.train, last)
+    method = Split(
+        cut="auto", labels=labels, server_flops_per_second=1e9, site_bytes_per_second=1e12,
+        site_flops_per_second={"site-1": 1e8, "others": 1e12},
+        site_memory_bytes={"site-2": costs.memory[3], "others": 1e12},
+    )  # fmt: skip
+    ledger, meter, run = both(method, kind, n=1)
+    check((ledger, meter, run))
+    cuts = {name: group["cut"] for group in chosen(run, method) for name in group["sites"]}
+    assert cuts == {"site-1": 1, "site-2": 3, "site-3": 4}
+
+
 @pytest.mark.parametrize("codec", ["int4", "lowrank:2"])
 def test_codecs_at_the_cut(codec: str) -> None:
     given = {"activations": codec, "gradients": codec}
@@ -138,8 +158,11 @@ def test_a_cache_has_an_upper_bound(cache: str) -> None:
 def test_a_dry_run_tells_what_the_run_then_counts() -> None:
     """By the door that users take: the built-in model in the machine's own precision, real texts and partition."""
     given = ["rounds=1", "data.max_train=40", "data.max_public=12", "data.max_test=6", "seeds=[3]"]
-    config = load_config(None, [*given, 'frameworks=["fedllm", "split", "centralized"]'])
+    speeds = ["split.site_flops_per_second={bank: 1e8, others: 1e12}", "split.server_flops_per_second=1e9"]
+    auto = ["split.cut=auto", *speeds]
+    config = load_config(None, [*given, *auto, 'frameworks=["fedllm", "split", "centralized"]'])
     for found in predict(config):
+        assert [group["cut"] for group in found.get("cuts", [])] == ([1, 4] if found["framework"] == "split" else [])
         real = run(config, found["framework"], found["seed"])
         same = (
             "bytes_up",
@@ -275,7 +298,7 @@ def test_profiles_by_name_and_of_ones_own() -> None:
 
 WRONG = [
     (["--set", "split.cut=9", "--model", "nano"], ModelError, "choose 0 to 4"),
-    (["--set", "split.cut=auto"], ConfigError, "split.cut auto"),
+    (["--set", "split.cut=auto", "--set", "split.site_memory_bytes=9"], ConfigError, "auto finds no cut from"),
     (["--shape", "model_type=lama"], ConfigError, "did you mean 'llama'"),
     (["--shape", "model_type=llama,hidden_sice=3"], ConfigError, "did you mean 'hidden_size'"),
     (["--shape", "hidden_size=3"], ConfigError, "needs model_type"),
@@ -299,6 +322,23 @@ def test_the_plan_as_json_and_as_a_table() -> None:
     assert [(t["device"], t["link"], t["fits"]) for t in plain["times"]] == [("phone", "dsl", True)]
     shown = CliRunner().invoke(app, asked, env={"COLUMNS": "60"}).stdout
     assert "Split-FedLLM, U-shape" in shown and "Server memory" in shown
+
+
+def test_a_plan_cuts_by_device_line_and_server() -> None:
+    """At each the cut that a run would take with these numbers in its configuration, and what that costs."""
+    asked = ["plan", "--examples", "20", "--set", "clients=1", "--set", "split.cut=auto", "--set", "frameworks=[split]"]
+    asked += ["--server", "phone", "--link", "4g", "--device", "hospital-server", "--device", "flops_per_second=1e9"]
+    (run, *_) = json.loads(CliRunner().invoke(app, [*asked, "--device", "memory_bytes=9", "--json"]).stdout)["runs"]
+    assert [(group["cut"], group["sites"]) for group in run["cuts"]] == [(1, ["site-1"])]
+    assert [(time["cut"], time["fits"]) for time in run["times"]] == [(4, True), (1, True), (None, False)]
+    at, over, server = device("hospital-server"), link("4g"), device("phone")
+    numbers = {"site_flops_per_second": at.flops_per_second, "site_bytes_per_second": 2 / (8 / 10e6 + 8 / 30e6)}
+    numbers |= {"site_memory_bytes": at.memory_bytes, "server_flops_per_second": server.flops_per_second}
+    tree = {"frameworks": ["split"], "clients": 1, "rounds": 1, "split": {"cut": "auto", **numbers}}
+    (entry,) = predict(Config.model_validate(tree), Assumed(20))
+    assert entry["cuts"][0]["cut"] == 4 and timed(entry, at, over, server).items() <= run["times"][0].items()
+    shown = CliRunner().invoke(app, asked).stdout
+    assert "split.cut auto takes cut 1 for the site" in shown and "cut 4: " in shown
 
 
 # Longer ---------------------------------------------------------------------------------------------------------------

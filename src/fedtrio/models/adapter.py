@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ModelError
 from .cut import WHOLE, Gates, Reached, Span, find_blocks, pack, positions_of, unpack, within
@@ -211,6 +212,35 @@ class AdaptedModel:
         """Backward through what `forward` gave for a batch of `shape` (B, T) over `span`."""
         with self.observe(("backward", span, shape, True, *self._variant), set):
             output.backward(gradient)
+
+    def work(self, shape: tuple[int, int], span: Span) -> tuple[int, int]:
+        """FLOPs of a forward and backward pass over a span, and the bytes that autograd keeps in between.
+
+        Of a batch of `shape` (B, T) without padding, run once; it is nobody's work, so `observe` sees nothing of it.
+        """
+        adapter = {name: t.detach().requires_grad_() for name, t in self.part(self.initial, span).items()}
+        h_ND = None
+        if span[0] >= 0:
+            h_ND = torch.zeros(shape[0] * shape[1], self.width, dtype=self.dtype, device=self.device)
+            h_ND.requires_grad_(bool(self.part(self.initial, (-1, span[0]))))
+        weights, kept = self._addresses(adapter), dict[int, int]()
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if tensor.is_floating_point() and storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        observe, self.observe = self.observe, lambda key, weights: hooks
+        try:
+            with FlopCounterMode(display=False) as counter:
+                output = self.forward(adapter, torch.full((shape[0],), shape[1]), h_ND=h_ND, span=span)
+                if output.requires_grad:
+                    output.sum().backward()
+        finally:
+            self.observe = observe
+        return counter.get_total_flops(), sum(kept.values())
 
     def _variant_of(self, adapter: Adapter) -> tuple[Hashable, ...]:
         """What makes a pass with this adapter cost another number of FLOPs: other ranks, frozen factors."""

@@ -192,6 +192,14 @@ class Weightless(AdaptedModel):
         forward, saved, backward = (q.at(*self.padded(shape)) for q in found)
         return Cost(forward, saved), backward
 
+    def work(self, shape: tuple[int, int], span: Span) -> tuple[int, int]:
+        """As of the model itself, of one block or of an end; a block after the first costs what the second one does."""
+        at, few = span[0], self.ghost.depth
+        here = few if at == self.depth else min(at, few - 1)
+        how = How(below=at >= 0 and bool(self.part(self.initial, (-1, at))), dropout=False)
+        forward, backward = self.ghost.count(shape, (here, here + 1 if here < few else None), how)
+        return forward.flops + backward, forward.saved_bytes
+
     def auxiliary_cost(self, shape: tuple[int, int]) -> tuple[Cost, int]:
         """The same of `split_local.local_gradient`, which is no span of the model.
 
