@@ -47,6 +47,9 @@ def advise(
     deadline: Annotated[
         str | None, typer.Option(metavar="TIME", help="Time for the round, as 10min.", rich_help_panel=LIMITS)
     ] = None,
+    server_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Memory of the server, as 24GiB.", rich_help_panel=LIMITS)
+    ] = None,
     labels_stay: Annotated[
         bool, typer.Option("--labels-stay", help="Labels must not leave a site.", rich_help_panel=STAYS)
     ] = False,
@@ -89,7 +92,16 @@ def advise(
 
     Ends with 8 where nothing fits.
     """
-    keys = ("max_up", "max_down", "client_memory", "client_flops", "deadline", "labels_stay", "activations_stay")
+    keys = (
+        "max_up",
+        "max_down",
+        "client_memory",
+        "client_flops",
+        "deadline",
+        "server_memory",
+        "labels_stay",
+        "activations_stay",
+    )
     keys += ("logits_stay", "parameters_stay", "unlike_models", "no_public_set")
     given = {key: value for key, value in locals().items() if key in keys}
     console = terminal(as_json)

@@ -57,7 +57,8 @@ def choose(costs: Costs, device: Device, server_flops_per_second: float, least: 
         needed = min(costs.memory[least:], default=None)
         why = f"the smallest half needs {needed:,.0f} bytes" if needed is not None else "the model has fewer blocks"
         raise ConfigError(f"split.cut auto finds no cut from split.least_cut {least} on for {site}: {why}")
-    return min(fitting, key=lambda cut: (seconds(costs, device, server_flops_per_second, cut), cut))
+    # equal where the server is as fast as the site, but for rounding
+    return min(fitting, key=lambda cut: (float(f"{seconds(costs, device, server_flops_per_second, cut):.9g}"), cut))
 
 
 _MEASURED: WeakKeyDictionary[AdaptedModel, dict[tuple[int, int, int | None, str], Costs]] = WeakKeyDictionary()
