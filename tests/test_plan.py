@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tiny import PAD, adapted, config_of, examples
+from tiny import PAD, adapted, config_of, examples, tiny
 from tiny import lab as tiny_lab
 from typer.testing import CliRunner
 
@@ -20,12 +20,14 @@ from fedtrio.frameworks import PROTOCOLS, FedLLM, Split
 from fedtrio.frameworks.split_cuts import of_batch
 from fedtrio.ledger import Ledger
 from fedtrio.meter import Meter
+from fedtrio.models.adapter import AdaptedModel, adapt
 from fedtrio.models.lora import LoraConfig
 from fedtrio.plan.family import Family, described, family
 from fedtrio.plan.predict import COUNTS, Assumed, model_of, play, predict
 from fedtrio.plan.profiles import DEVICES, LINKS, Device, Link, device, link, timed
 from fedtrio.plan.rehearsal import DryLab, Place
 from fedtrio.plan.split import CACHED, chosen
+from fedtrio.plan.weightless import How
 from fedtrio.program import Site, drive
 from fedtrio.run import run, sample
 from fedtrio.wires.loopback import Loopback
@@ -136,6 +138,25 @@ def test_an_automatic_cut_is_that_which_a_run_chooses(kind: str, labels: str) ->
     check((ledger, meter, run))
     cuts = {name: group["cut"] for group in chosen(run, method) for name in group["sites"]}
     assert cuts == {"site-1": 1, "site-2": 3, "site-3": 4}
+
+
+STANDARD = PROTOCOLS["standard"]()
+EXPERTS = [
+    ("mixtral", FedLLM(), "classification"),
+    ("qwen2_moe", Split(), "causal-lm"),
+    pytest.param("qwen3_moe", STANDARD.resolved(False, False), "classification", marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", Split(), "classification", marks=pytest.mark.slow),
+    pytest.param("qwen2_moe", FedLLM(), "classification", marks=pytest.mark.slow),
+    pytest.param("mixtral", STANDARD.resolved(False, True), "causal-lm", marks=pytest.mark.slow),
+    pytest.param("mixtral", Split(), "causal-lm", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "task"), EXPERTS)
+def test_mixtures_of_experts(kind: str, method: Any, task: str) -> None:
+    """Each token is routed to 2 of 4 experts, whichever these are, and so is padding."""
+    settled = method.decided(task) if isinstance(method, Split) else method
+    check(both(settled, kind, task, precision="fp32", n=1))
 
 
 @pytest.mark.parametrize("codec", ["int4", "lowrank:2"])
@@ -256,6 +277,39 @@ def test_llamas_as_worked_out_by_hand() -> None:
     assert (eight.parameters, numbers(eight.initial)) == (8_030_261_248, 3_407_872)
     assert numbers(shaped(LoraConfig(r=16), "causal-lm", **LLAMA2).initial) == 39_976_960
     assert seven.held_bytes((-1, 1)) == 4 * (131_072_000 + 202_383_360)
+
+
+def test_mixtral_as_worked_out_by_hand() -> None:
+    """P = 2Vd + L(2d² + 2d·d_kv + 3Edf + Ed + 2d) + d; of E experts a token costs its k: 6kdf, and the router 2dE."""
+    d, f, L, E, V = 4096, 14336, 32, 8, 32000
+    seven = shaped(LoraConfig(r=8), "causal-lm", model_type="mixtral")
+    assert seven.parameters == 2 * V * d + L * (2 * d * d + 2 * d * 1024 + 3 * E * d * f + E * d + 2 * d) + d
+    assert seven.parameters == 46_702_792_704
+    assert numbers(seven.initial) == L * 8 * (2 * 2 * d + 2 * (d + 1024))  # of attention alone
+    B, T, d, f, L, E, V, k, r = 3, 7, 32, 48, 4, 4, 97, 2, 4
+    block = 6 * d * d + 2 * r * (2 * 2 * d + 2 * (d + d // 2)) + 4 * T * d + 2 * d * E + 6 * k * d * f
+    cost, _ = kin("mixtral", "causal-lm", "fp32").model(r).cost((B, T), (-1, None), How())
+    assert cost.flops == B * T * (L * block + 2 * d * V)
+
+
+def test_blocks_with_and_without_experts_are_told_apart() -> None:
+    config = config_of("qwen2_moe")
+    config.decoder_sparse_step = 2  # experts in every second block
+    mixed, alike = (
+        Family(found, "causal-lm", 5, LoraConfig(r=4), "fp32").model(4) for found in (config, config_of("qwen2_moe"))
+    )
+    assert mixed.ghost.depth == 4 and alike.ghost.depth == 2
+    assert mixed.cost((2, 5), (-1, None), How())[0].flops < alike.cost((2, 5), (-1, None), How())[0].flops
+
+
+def test_experts_are_no_layers() -> None:
+    for targets, precision, said in (
+        (["q_proj", "gate"], "fp32", "reach experts or their router.*'k_proj', 'o_proj', 'q_proj', 'v_proj'"),
+        ("all-linear", "fp64", "fp32 and bf16 alone"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            made = adapt(tiny("mixtral"), LoraConfig(target_modules=targets), "classification")
+            AdaptedModel(made, "classification", precision)
 
 
 @pytest.mark.slow

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import flop_registry
 
 from ..aggregation.lora import core_name, factor_of, pairs
 from ..aggregation.rules import fedsb_adapter
-from ..meter import Cost, Watch
+from ..meter import GROUPED, Cost, Watch
 from ..models.adapter import AdaptedModel, adapt
 from ..models.cut import WHOLE, Span, within
 from ..models.load import Task
@@ -44,6 +45,13 @@ class _Places(Watch):
 
     def place(self, tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is not GROUPED:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        a, b = args[:2]  # on shapes alone torch does this product in bf16 only
+        self._flops += flop_registry[GROUPED](*args, **(kwargs or {}), out_val=None)
+        return a.new_empty(a.shape[0], b.shape[-1])
 
 
 class Ghost(AdaptedModel):
