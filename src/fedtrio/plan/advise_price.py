@@ -187,8 +187,8 @@ def _less(both: Entry, first: Entry) -> Entry:
 def _joined(up: Entry, down: Entry, work: Entry, both: Entry) -> Entry:
     """Bytes up of one prediction, bytes down of another, all else of a third.
 
-    Of the server's memory, what it works with is that of `work`, and beside it lies what was sent: that of `up`, less
-    what it is `both` with and without.
+    The server's memory is that of `work`, and what `up` makes it hold beside: `up` less `both`, which has the settings
+    that the two share.
     """
     sites = [
         {**w, "bytes_up": u["bytes_up"], "bytes_down": d["bytes_down"], "messages": u["messages"]}

@@ -81,14 +81,13 @@ def command(candidate: Candidate) -> list[str]:
 
 
 def costs_cells(costs: Costs) -> dict[str, str]:
-    """Of one round at the site that spends the most, and at the server."""
+    """Of one round at the site that spends the most."""
     return {
         "Up": bytes_text(costs.bytes_up),
         "Down": bytes_text(costs.bytes_down),
         "Compute": flops_text(costs.flops),
         "Memory": memory_text(costs.peak_bytes),
         "Round": seconds_text(costs.seconds),
-        "At server": memory_text(costs.server_peak_bytes),
     }
 
 
@@ -239,12 +238,9 @@ def _was(key: str, limits: Limits) -> str:
 
 
 def table(found: Mapping[str, Any], write: Callable[[str], str]) -> Table:
-    """The ranking's costs; the server's memory where it is bound."""
+    """The ranking's costs."""
     shown = Table(pad_edge=False, show_edge=False, header_style="bold", box=box.SIMPLE_HEAD)
     rows = [(TITLES[one["framework"]], one, costs_cells(Costs(**one["costs"]))) for one in found["ranking"]]
-    if "server_memory" not in found["constraints"]:
-        for _, _, cells in rows:
-            del cells["At server"]
     scored = next((one["score"]["key"] for one in found["ranking"] if one["score"]), None)
     heads = [*([scored.capitalize()] if scored else []), *rows[0][2]]
     for head in ("", *heads):
