@@ -26,7 +26,7 @@ KINDS = {
 }
 
 
-def made_up_run(framework, seed, names, rounds, final, causal):
+def made_up_curve(framework, seed, sites, rounds, final, causal):
     up, down, flops = COSTS[framework]
     curve = []
     for number in range(1, rounds + 1):
@@ -34,13 +34,19 @@ def made_up_run(framework, seed, names, rounds, final, causal):
         value += 0.004 * (seed - 1) * (1 + math.sin(number))
         entry = {"round": number, "accuracy": value, "loss": 1.0}
         entry |= {"bytes_up": up * number, "bytes_down": down * number, "client_flops": flops * number}
-        entry |= {"messages": 2 * number * len(names) * bool(up), "client_seconds": 40.0 * number}
+        entry |= {"messages": 2 * number * sites * bool(up), "client_seconds": 40.0 * number}
         entry["server_seconds"] = 0.5 * number
         if framework == "local" and number < rounds:
             entry["accuracy"] = None
         if causal:
             entry |= {"accuracy": None, "perplexity": None if entry["accuracy"] is None else 8 / value}
         curve.append(entry)
+    return curve
+
+
+def made_up_run(framework, seed, names, rounds, final, causal):
+    up, down, flops = COSTS[framework]
+    curve = made_up_curve(framework, seed, len(names), rounds, final, causal)
     last = curve[-1]
     share = [2 * (place + 1) / (len(names) * (len(names) + 1)) for place in range(len(names))]  # rising, in all 1
     sums = {"bytes_up": up * rounds, "bytes_down": down * rounds, "client_flops": flops * rounds}

@@ -43,7 +43,7 @@ def world(seed: int, number: int = 30) -> list[Candidate]:
     """Candidates with whole, often equal costs."""
     rng = random.Random(seed)
     return [
-        candidate(rng.choice([*LEFT]), rng.randint(0, 9), *(float(rng.randint(1, 99)) for _ in range(5)))
+        candidate(rng.choice([*LEFT]), rng.randint(0, 9), *(float(rng.randint(1, 99)) for _ in KINDS))
         for _ in range(number)
     ]
 
@@ -58,6 +58,7 @@ def brute(candidates: list[Candidate], limits: Limits) -> Candidate | None:
         and (limits.client_memory is None or c.costs.peak_bytes <= limits.client_memory)
         and (limits.client_flops is None or c.costs.flops <= limits.client_flops)
         and (limits.deadline is None or c.costs.seconds <= limits.deadline)
+        and (limits.server_memory is None or c.costs.server_peak_bytes <= limits.server_memory)
         and not (limits.labels_stay and "labels" in c.left)
         and not (limits.activations_stay and "activations" in c.left)
         and not (limits.logits_stay and "logits" in c.left)
@@ -137,7 +138,7 @@ def test_where_nothing_fits_it_says_what_would_let_something_in(seed: int) -> No
 
 
 def test_each_constraint_rules_out_what_breaks_it() -> None:
-    all_three = [candidate(name, 0, 10, 20, 30, 40, 50) for name in LEFT]
+    all_three = [candidate(name, 0, 10, 20, 30, 40, 50, 60) for name in LEFT]
     broken = {
         "labels_stay": ["split"],
         "activations_stay": ["split"],
@@ -149,11 +150,13 @@ def test_each_constraint_rules_out_what_breaks_it() -> None:
     for key, names in broken.items():
         out = barred(all_three, bound(**{key: True}))
         assert [one.framework for one in out] == names and all(one.by == (key,) for one in out)
-    for kind, cost in zip(KINDS, (10, 20, 30, 40, 50), strict=True):
+    for kind, cost in zip(KINDS, (10, 20, 30, 40, 50, 60), strict=True):
         assert not barred(all_three, bound(**{kind.key: cost}))
         (first, *_) = barred(all_three, bound(**{kind.key: cost / 2}))
         assert first.by == (kind.key,) and first.misses[0].times == 2
-    both = barred([candidate("kd", 0, 1, 9, 1, 1, 1), candidate("kd", 0, 9, 1, 1, 1, 1)], bound(max_up=5, max_down=5))
+    both = barred(
+        [candidate("kd", 0, 1, 9, 1, 1, 1, 1), candidate("kd", 0, 9, 1, 1, 1, 1, 1)], bound(max_up=5, max_down=5)
+    )
     assert both[0].by == () and len(misses(both[0].nearest, bound(max_up=5, max_down=5))) == 1
 
 
@@ -182,10 +185,10 @@ def test_the_gap_is_paired_over_seeds() -> None:
 
 
 def test_measured_accuracies_reorder_and_close_ones_are_a_group() -> None:
-    cheap = candidate("kd", 0, 1, 1, 1, 1, 1, measured=scored("kd", 0.5))
-    dear = candidate("fedllm", 0, 9, 9, 9, 9, 9, measured=scored("fedllm", 0.8))
-    dearest = candidate("split", 0, 99, 99, 9, 9, 99, measured=scored("split", 0.805))
-    unknown = candidate("fedllm", 1, 0.5, 1, 1, 1, 1)
+    cheap = candidate("kd", 0, 1, 1, 1, 1, 1, 1, measured=scored("kd", 0.5))
+    dear = candidate("fedllm", 0, 9, 9, 9, 9, 9, 9, measured=scored("fedllm", 0.8))
+    dearest = candidate("split", 0, 99, 99, 9, 9, 99, 9, measured=scored("split", 0.805))
+    unknown = candidate("fedllm", 1, 0.5, 1, 1, 1, 1, 1)
     places = rank([cheap, unknown, dearest, dear], Limits())
     assert [(p.candidate.framework, p.level) for p in places] == [("fedllm", 0), ("split", 0), ("kd", 1)]
     assert places[0].candidate is dear  # what was measured is before what was not
@@ -226,7 +229,7 @@ def priced() -> tuple[list[tuple[str, dict[str, Any], Costs, set[str], tuple[flo
             worst = {key: max(site[key] for site in entry["sites"]) for key in entry["sites"][0] if key != "name"}
             seconds = profiles.timed(entry, at, over, server)["seconds_per_round"]
             spent = worst["bytes_up"], worst["bytes_down"], worst["client_peak_bytes"], worst["client_flops"]
-            costs = Costs(*map(float, spent), seconds)
+            costs = Costs(*map(float, spent), seconds, float(entry["server_peak_bytes"]))
             left, given_up = set(entry["left_sites"]), (option.reduced, option.rounded)
             found.append((framework, dict(option.settings), costs, left, given_up))
     return found, pricer
@@ -258,10 +261,8 @@ def by_hand(limits: Limits) -> dict[str, list[tuple[Any, ...]]]:
     """Of each framework all settings that fit, best first: what is given up, seconds, bytes."""
     found: dict[str, list[tuple[Any, ...]]] = {}
     for framework, settings, costs, left, given_up in priced()[0]:
-        spent = (costs.bytes_up, costs.bytes_down, costs.peak_bytes, costs.flops, costs.seconds)
-        if any(
-            most is not None and now > most for now, most in zip(spent, list(dict(limits).values())[:5], strict=True)
-        ):
+        most = list(dict(limits).values())[: len(KINDS)]
+        if any(bound is not None and now > bound for now, bound in zip(vars(costs).values(), most, strict=True)):
             continue
         if not (limits.labels_stay and "labels" in left) and not (limits.parameters_stay and "adapter" in left):
             found.setdefault(framework, []).append(
@@ -277,6 +278,8 @@ LIMITS = [
     bound(client_flops="20MFLOP", labels_stay=True),
     bound(client_memory="200KiB"),
     bound(parameters_stay=True, max_up="100B"),
+    bound(server_memory="200KiB"),
+    bound(server_memory="20KiB", client_memory="400KiB"),
 ]
 
 
@@ -465,8 +468,10 @@ def test_where_nothing_fits_the_code_is_8_and_the_way_out_is_named(said: Said) -
     code, out, _ = said(*TINY, "--client-memory", "200KiB", "--max-up", "1MB")
     assert code == 8 and out.startswith("Nothing fits all constraints.")
     assert "--client-memory 200KiB, kept by the fewest settings, is the tightest" in out
-    assert "with --client-memory 359KiB in place of 200KiB: Split-FedLLM, cut 1" in out
-    assert said(*TINY, "--client-memory", "359KiB")[0] == 0 and said(*TINY, "--client-memory", "358KiB")[0] == 8
+    assert "with --client-memory 332KiB in place of 200KiB: Split-FedLLM, rank 1, cut 1" in out
+    code, out, _ = said(*TINY, "--server-memory", "20KiB")
+    assert code == 0 and "; FedLLM 19.9 KiB" in out and "KD-FedLLM by --server-memory 20KiB" in out
+    assert said(*TINY, "--client-memory", "332KiB")[0] == 0 and said(*TINY, "--client-memory", "331KiB")[0] == 8
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tiny import PAD, adapted, config_of, examples
+from tiny import PAD, adapted, config_of, examples, tiny
 from tiny import lab as tiny_lab
 from typer.testing import CliRunner
 
@@ -17,14 +17,17 @@ from fedtrio.config_file import load_config
 from fedtrio.data.private import PrivateData
 from fedtrio.errors import ConfigError, ModelError
 from fedtrio.frameworks import PROTOCOLS, FedLLM, Split
+from fedtrio.frameworks.split_cuts import of_batch
 from fedtrio.ledger import Ledger
 from fedtrio.meter import Meter
+from fedtrio.models.adapter import AdaptedModel, adapt
 from fedtrio.models.lora import LoraConfig
 from fedtrio.plan.family import Family, described, family
 from fedtrio.plan.predict import COUNTS, Assumed, model_of, play, predict
 from fedtrio.plan.profiles import DEVICES, LINKS, Device, Link, device, link, timed
 from fedtrio.plan.rehearsal import DryLab, Place
-from fedtrio.plan.split import CACHED
+from fedtrio.plan.split import CACHED, chosen
+from fedtrio.plan.weightless import How
 from fedtrio.program import Site, drive
 from fedtrio.run import run, sample
 from fedtrio.wires.loopback import Loopback
@@ -118,6 +121,44 @@ def test_split_of_a_language_model() -> None:
     check(both(Split().decided("causal-lm"), "llama", "causal-lm", n=1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels"), [("bert", "server"), pytest.param("gpt2", "client", marks=pytest.mark.slow)]
+)
+def test_an_automatic_cut_is_that_which_a_run_chooses(kind: str, labels: str) -> None:
+    """One site computes slower than the server, one has memory for three blocks, one for all."""
+    real, last = tiny_lab(adapted(kind)), None if labels == "server" else 0
+    costs = of_batch(real.model, real.train, last)
+    assert costs == of_batch(kin(kind, "classification", "fp64").model(4), real.train, last)
+    method = Split(
+        cut="auto", labels=labels, server_flops_per_second=1e9, site_bytes_per_second=1e12,
+        site_flops_per_second={"site-1": 1e8, "others": 1e12},
+        site_memory_bytes={"site-2": costs.memory[3], "others": 1e12},
+    )  # fmt: skip
+    ledger, meter, run = both(method, kind, n=1)
+    check((ledger, meter, run))
+    cuts = {name: group["cut"] for group in chosen(run, method) for name in group["sites"]}
+    assert cuts == {"site-1": 1, "site-2": 3, "site-3": 4}
+
+
+STANDARD = PROTOCOLS["standard"]()
+EXPERTS = [
+    ("mixtral", FedLLM(), "classification"),
+    ("qwen2_moe", Split(), "causal-lm"),
+    pytest.param("qwen3_moe", STANDARD.resolved(False, False), "classification", marks=pytest.mark.slow),
+    pytest.param("qwen3_moe", Split(), "classification", marks=pytest.mark.slow),
+    pytest.param("qwen2_moe", FedLLM(), "classification", marks=pytest.mark.slow),
+    pytest.param("mixtral", STANDARD.resolved(False, True), "causal-lm", marks=pytest.mark.slow),
+    pytest.param("mixtral", Split(), "causal-lm", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "task"), EXPERTS)
+def test_mixtures_of_experts(kind: str, method: Any, task: str) -> None:
+    """Each token is routed to 2 of 4 experts, whichever these are, and so is padding."""
+    settled = method.decided(task) if isinstance(method, Split) else method
+    check(both(settled, kind, task, precision="fp32", n=1))
+
+
 @pytest.mark.parametrize("codec", ["int4", "lowrank:2"])
 def test_codecs_at_the_cut(codec: str) -> None:
     given = {"activations": codec, "gradients": codec}
@@ -138,8 +179,11 @@ def test_a_cache_has_an_upper_bound(cache: str) -> None:
 def test_a_dry_run_tells_what_the_run_then_counts() -> None:
     """By the door that users take: the built-in model in the machine's own precision, real texts and partition."""
     given = ["rounds=1", "data.max_train=40", "data.max_public=12", "data.max_test=6", "seeds=[3]"]
-    config = load_config(None, [*given, 'frameworks=["fedllm", "split", "centralized"]'])
+    speeds = ["split.site_flops_per_second={bank: 1e8, others: 1e12}", "split.server_flops_per_second=1e9"]
+    auto = ["split.cut=auto", *speeds]
+    config = load_config(None, [*given, *auto, 'frameworks=["fedllm", "split", "centralized"]'])
     for found in predict(config):
+        assert [group["cut"] for group in found.get("cuts", [])] == ([1, 4] if found["framework"] == "split" else [])
         real = run(config, found["framework"], found["seed"])
         same = (
             "bytes_up",
@@ -235,6 +279,39 @@ def test_llamas_as_worked_out_by_hand() -> None:
     assert seven.held_bytes((-1, 1)) == 4 * (131_072_000 + 202_383_360)
 
 
+def test_mixtral_as_worked_out_by_hand() -> None:
+    """P = 2Vd + L(2d² + 2d·d_kv + 3Edf + Ed + 2d) + d; of E experts a token costs its k: 6kdf, and the router 2dE."""
+    d, f, L, E, V = 4096, 14336, 32, 8, 32000
+    seven = shaped(LoraConfig(r=8), "causal-lm", model_type="mixtral")
+    assert seven.parameters == 2 * V * d + L * (2 * d * d + 2 * d * 1024 + 3 * E * d * f + E * d + 2 * d) + d
+    assert seven.parameters == 46_702_792_704
+    assert numbers(seven.initial) == L * 8 * (2 * 2 * d + 2 * (d + 1024))  # of attention alone
+    B, T, d, f, L, E, V, k, r = 3, 7, 32, 48, 4, 4, 97, 2, 4
+    block = 6 * d * d + 2 * r * (2 * 2 * d + 2 * (d + d // 2)) + 4 * T * d + 2 * d * E + 6 * k * d * f
+    cost, _ = kin("mixtral", "causal-lm", "fp32").model(r).cost((B, T), (-1, None), How())
+    assert cost.flops == B * T * (L * block + 2 * d * V)
+
+
+def test_blocks_with_and_without_experts_are_told_apart() -> None:
+    config = config_of("qwen2_moe")
+    config.decoder_sparse_step = 2  # experts in every second block
+    mixed, alike = (
+        Family(found, "causal-lm", 5, LoraConfig(r=4), "fp32").model(4) for found in (config, config_of("qwen2_moe"))
+    )
+    assert mixed.ghost.depth == 4 and alike.ghost.depth == 2
+    assert mixed.cost((2, 5), (-1, None), How())[0].flops < alike.cost((2, 5), (-1, None), How())[0].flops
+
+
+def test_experts_are_no_layers() -> None:
+    for targets, precision, said in (
+        (["q_proj", "gate"], "fp32", "reach experts or their router.*'k_proj', 'o_proj', 'q_proj', 'v_proj'"),
+        ("all-linear", "fp64", "fp32 and bf16 alone"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            made = adapt(tiny("mixtral"), LoraConfig(target_modules=targets), "classification")
+            AdaptedModel(made, "classification", precision)
+
+
 @pytest.mark.slow
 def test_a_step_of_llama_2_at_the_cut() -> None:
     """8 texts of 512 tokens in fp16: 33.6 MB each way, more than the adapter's 8.4 MB in a whole round."""
@@ -275,7 +352,7 @@ def test_profiles_by_name_and_of_ones_own() -> None:
 
 WRONG = [
     (["--set", "split.cut=9", "--model", "nano"], ModelError, "choose 0 to 4"),
-    (["--set", "split.cut=auto"], ConfigError, "split.cut auto"),
+    (["--set", "split.cut=auto", "--set", "split.site_memory_bytes=9"], ConfigError, "auto finds no cut from"),
     (["--shape", "model_type=lama"], ConfigError, "did you mean 'llama'"),
     (["--shape", "model_type=llama,hidden_sice=3"], ConfigError, "did you mean 'hidden_size'"),
     (["--shape", "hidden_size=3"], ConfigError, "needs model_type"),
@@ -299,6 +376,23 @@ def test_the_plan_as_json_and_as_a_table() -> None:
     assert [(t["device"], t["link"], t["fits"]) for t in plain["times"]] == [("phone", "dsl", True)]
     shown = CliRunner().invoke(app, asked, env={"COLUMNS": "60"}).stdout
     assert "Split-FedLLM, U-shape" in shown and "Server memory" in shown
+
+
+def test_a_plan_cuts_by_device_line_and_server() -> None:
+    """At each the cut that a run would take with these numbers in its configuration, and what that costs."""
+    asked = ["plan", "--examples", "20", "--set", "clients=1", "--set", "split.cut=auto", "--set", "frameworks=[split]"]
+    asked += ["--server", "phone", "--link", "4g", "--device", "hospital-server", "--device", "flops_per_second=1e9"]
+    (run, *_) = json.loads(CliRunner().invoke(app, [*asked, "--device", "memory_bytes=9", "--json"]).stdout)["runs"]
+    assert [(group["cut"], group["sites"]) for group in run["cuts"]] == [(1, ["site-1"])]
+    assert [(time["cut"], time["fits"]) for time in run["times"]] == [(4, True), (1, True), (None, False)]
+    at, over, server = device("hospital-server"), link("4g"), device("phone")
+    numbers = {"site_flops_per_second": at.flops_per_second, "site_bytes_per_second": 2 / (8 / 10e6 + 8 / 30e6)}
+    numbers |= {"site_memory_bytes": at.memory_bytes, "server_flops_per_second": server.flops_per_second}
+    tree = {"frameworks": ["split"], "clients": 1, "rounds": 1, "split": {"cut": "auto", **numbers}}
+    (entry,) = predict(Config.model_validate(tree), Assumed(20))
+    assert entry["cuts"][0]["cut"] == 4 and timed(entry, at, over, server).items() <= run["times"][0].items()
+    shown = CliRunner().invoke(app, asked).stdout
+    assert "split.cut auto takes cut 1 for the site" in shown and "cut 4: " in shown
 
 
 # Longer ---------------------------------------------------------------------------------------------------------------

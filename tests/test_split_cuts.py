@@ -314,6 +314,8 @@ def test_auto_cuts_by_what_each_site_has() -> None:
     assert cuts == [1, DEPTH, 2]
     assert same(play(method, model, SIZES).adapter, play(FedLLM(), model, SIZES).adapter)
     assert method.cuts(DEPTH) == (1, 2, 3, 4)
+    alike = Split(cut="auto", labels="server", site_flops_per_second=3e11, server_flops_per_second=3e11)
+    assert alike.layout(setting, "x").bottom == (-1, 1)  # the lowest of equals
     upright = Split(cut="auto", labels="client", last_blocks=1, server_flops_per_second=1.0)
     assert upright.layout(setting, "x").bottom == (-1, 3) and upright.layout(setting, "x").top == (3, None)
 

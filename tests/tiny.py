@@ -74,6 +74,13 @@ def config_of(kind: str, dropout: float = 0.0, labels: int = LABELS, tied: bool 
             return t.GPTNeoXConfig(**wide, attention_dropout=dropout, hidden_dropout=dropout, **rest)
         case "gemma2":
             return t.Gemma2Config(**grouped, head_dim=8, sliding_window=4, **rest)
+        case "mixtral":
+            return t.MixtralConfig(**grouped, num_local_experts=4, num_experts_per_tok=2, **rest)
+        case "qwen2_moe" | "qwen3_moe":
+            routed = grouped | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+            if kind == "qwen3_moe":
+                return t.Qwen3MoeConfig(**routed, head_dim=8, **rest)
+            return t.Qwen2MoeConfig(**routed, shared_expert_intermediate_size=40, **rest)
     raise ValueError(kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,44 +13,45 @@ from .cli_show import terminal
 from .errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .config import Config
 
 SITES = ("phone", "laptop", "edge-gpu", "hospital-server")
+HOW = (
+    "Bytes are exact for these sizes, FLOPs counted, memory modelled; seconds and joules are orders of magnitude from "
+    "the profiles."
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set split.cut=4. Repeatable."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+WORDS = "A model by shape alone: model_type=llama,hidden_size=4096,num_hidden_layers=32"
+
+
+def _several(text: str) -> Any:
+    return typer.Option(metavar="NAME", help=f"{text} of your own. Repeatable.")
 
 
 def plan(
     config: Annotated[Path | None, typer.Argument(help="YAML file; without it, each key's default.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set split.cut=4. Repeatable."),
-    ] = None,
+    settings: Settings = None,
     model: Annotated[
         str | None, typer.Option(help="Built-in name, local folder, or Hub id; its weights are not loaded.")
     ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY=VALUE,…", help="A model by shape alone: model_type=llama,hidden_size=4096,num_hidden_layers=32"
-        ),
-    ] = None,
+    shape: Annotated[str | None, typer.Option(metavar="KEY=VALUE,…", help=WORDS)] = None,
     task: Annotated[str | None, typer.Option(help="classification or causal-lm.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples at each site.")] = 1000,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each example.")] = 64,
     classes: Annotated[int, typer.Option(min=2, help="Classes, in classification.")] = 77,
     public: Annotated[int, typer.Option(min=0, help="Public texts, for KD-FedLLM.")] = 1000,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="What a site has, or flops_per_second=… of your own. Repeatable."),
-    ] = None,
-    link: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Its line, or up_bytes_per_second=… of your own. Repeatable."),
-    ] = None,
+    device: Annotated[list[str] | None, _several("What a site has, or flops_per_second=…")] = None,
+    link: Annotated[list[str] | None, _several("Its line, or up_bytes_per_second=…")] = None,
     server: Annotated[str, typer.Option(metavar="NAME", help="What the server has.")] = "datacenter-gpu",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the plan as JSON to standard output and nothing else.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON and nothing else.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Predict bytes, compute, memory, time and energy of a round, for any model, before any training."""
     if model is not None and shape is not None:
@@ -70,32 +72,30 @@ def plan(
     chosen = _configured(config, settings or [], model, task, tokens)
     found = made(chosen, assumed, described, devices, links, device_of(server))
     if as_json:
-        _echo(found)
+        typer.echo(json.dumps(found))
         return
+    name = model or (described["model_type"] if described else chosen.model)
+    _show(found, f"{name}, {chosen.task}", chosen.clients, tokens, console)
+
+
+def _show(found: dict[str, Any], what: str, clients: int, tokens: int, console: Console) -> None:
+    """What was assumed, a table of costs, and one of times."""
     from .report.plan import print_runs, print_times
     from .report.tables import plain
     from .report.units import count_text
 
-    of = found["model"]
-    read = found["assumed"]["tokens"]
-    read = f"{read} (the model reads no more)" if read < tokens else read
-    name = model or (described["model_type"] if described else chosen.model)
+    of, assumed = found["model"], found["assumed"]
+    cut_off = " (the model reads no more)" if assumed["tokens"] < tokens else ""
     said = (
-        f"{name}, {chosen.task}: {count_text(of['parameters'])} parameters in {of['blocks']} blocks, "
-        f"{count_text(of['trained'])} train; {chosen.clients} sites with {examples} examples of {read} tokens, "
-        f"{public} public; one round\n"
+        f"{what}: {count_text(of['parameters'])} parameters in {of['blocks']} blocks, {count_text(of['trained'])} "
+        f"train; {clients} sites with {assumed['examples']} examples of {assumed['tokens']}{cut_off} tokens, "
+        f"{assumed['public']} public; one round\n"
     )
     console.print(plain(said, console), markup=False, soft_wrap=True)
     print_runs(found["runs"], console)
     console.print("\nA round at the slowest site, as configured: seconds, and joules of that site", style="bold")
     print_times([run for run in found["runs"] if not run["option"]], console)
     console.print(plain(HOW, console), style="dim", soft_wrap=True)
-
-
-HOW = (
-    "Bytes are exact for these sizes, FLOPs counted, memory modelled; seconds and joules are orders of magnitude from "
-    "the profiles."
-)
 
 
 def dry_run(config: Config, as_json: bool) -> None:
@@ -107,7 +107,7 @@ def dry_run(config: Config, as_json: bool) -> None:
     bench = Bench(config)
     runs = predict(config, bench=bench)
     if as_json:
-        _echo({"config": bench.config.model_dump(mode="json"), "runs": runs})
+        typer.echo(json.dumps({"config": bench.config.model_dump(mode="json"), "runs": runs}))
         return
     from .report.plan import print_runs
 
@@ -148,16 +148,8 @@ def shape_of(text: str) -> dict[str, Any]:
 
 
 def _number(text: str) -> int | float | bool | str:
-    import json
-
     try:
         value = json.loads(text)
     except ValueError:
         return text
     return value if isinstance(value, int | float | bool) else text
-
-
-def _echo(found: dict[str, Any]) -> None:
-    import json
-
-    typer.echo(json.dumps(found))

@@ -19,7 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)  # experts: each group of rows with a matrix of its own
+
+
+def _grouped_flops(a: Any, b: Any, *rest: Any, **more: Any) -> int:
+    """Of [S, K]·[E, K, N], each row in one group; or for a weight's gradient [K, S]·[S, N] in groups of S."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+if GROUPED is not None and GROUPED not in flop_registry:
+    register_flop_formula(GROUPED)(_grouped_flops)
 
 
 @dataclass

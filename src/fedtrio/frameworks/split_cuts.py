@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ConfigError
 from ..models.adapter import AdaptedModel
 from ..models.cut import Span
-from ..models.train import Learner, TrainConfig
+from ..models.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -60,14 +57,15 @@ def choose(costs: Costs, device: Device, server_flops_per_second: float, least: 
         needed = min(costs.memory[least:], default=None)
         why = f"the smallest half needs {needed:,.0f} bytes" if needed is not None else "the model has fewer blocks"
         raise ConfigError(f"split.cut auto finds no cut from split.least_cut {least} on for {site}: {why}")
-    return min(fitting, key=lambda cut: (seconds(costs, device, server_flops_per_second, cut), cut))
+    # equal where the server is as fast as the site, but for rounding
+    return min(fitting, key=lambda cut: (float(f"{seconds(costs, device, server_flops_per_second, cut):.9g}"), cut))
 
 
 _MEASURED: WeakKeyDictionary[AdaptedModel, dict[tuple[int, int, int | None, str], Costs]] = WeakKeyDictionary()
 
 
 def of_batch(model: AdaptedModel, train: TrainConfig, last: int | None = None) -> Costs:
-    """Counted on a batch of `batch_size` texts of `max_length` tokens, each block once.
+    """Counted on a batch of `batch_size` texts of `max_length` tokens, each block once (`AdaptedModel.work`).
 
     `last`: None where the head is at the server, else the blocks before the head that run at the site too. Numbers
     travel as they are in the model (4 bytes, 8 in fp64), whatever codec is set. Memory is a little more than a run
@@ -78,18 +76,14 @@ def of_batch(model: AdaptedModel, train: TrainConfig, last: int | None = None) -
     key = (train.batch_size, length, last, train.optimizer)
     known = _MEASURED.setdefault(model, {})
     if key not in known:
-        observe, model.observe = model.observe, lambda key, weights: nullcontext()  # it is no site's work
-        try:
-            known[key] = _measured(model, train, length, last)
-        finally:
-            model.observe = observe
+        known[key] = _measured(model, train, length, last)
     return known[key]
 
 
 def _measured(model: AdaptedModel, train: TrainConfig, length: int, last: int | None) -> Costs:
-    lengths_B = torch.full((train.batch_size,), length)
+    shape = train.batch_size, length
     # position -1: embeddings; then the blocks; then norm and head
-    works = [_work(model, lengths_B, (p, p + 1 if p < model.depth else None)) for p in range(-1, model.depth + 1)]
+    works = [model.work(shape, (p, p + 1 if p < model.depth else None)) for p in range(-1, model.depth + 1)]
     flops = list(accumulate(flops for flops, _ in works))
     kept = list(accumulate(kept for _, kept in works))
     end = model.depth - (last or 0)
@@ -99,33 +93,8 @@ def _measured(model: AdaptedModel, train: TrainConfig, length: int, last: int | 
     memory, traffic = [], []
     for cut in cuts:
         spans: tuple[Span, ...] = ((-1, cut),) if last is None else ((-1, cut), (end, None))
-        learner = Learner(model.part(model.initial, *spans), train)
-        memory.append(model.held_bytes(*spans) + learner.nbytes + kept[cut] + of_top[1])
+        trained = train.state_bytes(model.part(model.initial, *spans))
+        memory.append(model.held_bytes(*spans) + trained + kept[cut] + of_top[1])
         gradients_down = bool(model.part(model.initial, (-1, cut)))
         traffic.append(h_bytes * (1 + gradients_down + (0 if last is None else 2)))
     return Costs(flops[-1], tuple(flops[cut] + of_top[0] for cut in cuts), tuple(traffic), tuple(memory))
-
-
-def _work(model: AdaptedModel, lengths_B: Tensor, span: Span) -> tuple[int, int]:
-    """FLOPs of a forward and backward pass over a span, and the bytes that autograd keeps in between."""
-    adapter = {name: tensor.detach().requires_grad_() for name, tensor in model.part(model.initial, span).items()}
-    below = span[0] >= 0 and bool(model.part(model.initial, (-1, span[0])))
-    h_ND = None
-    if span[0] >= 0:
-        h_ND = torch.zeros(int(lengths_B.sum()), model.width, dtype=model.dtype, device=model.device)
-        h_ND.requires_grad_(below)
-    weights = {p.untyped_storage().data_ptr() for p in (*model.module.parameters(), *adapter.values())}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.is_floating_point() and storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model.forward(adapter, lengths_B, h_ND=h_ND, span=span)
-        if output.requires_grad:
-            output.sum().backward()
-    return counter.get_total_flops(), sum(kept.values())

@@ -169,17 +169,19 @@ class SplitSettings(Framework):
             highest = self.cut if isinstance(self.cut, int) else max(self.cut.values())
         return ((-1, highest),) if self.labels == "server" else ((-1, highest), (end, None))
 
-    def _cut_of(self, model: AdaptedModel, train: TrainConfig, site: str) -> int:
-        if self.cut != "auto":
-            return of_site(self.cut, site, "split.cut")
-        device = Device(
+    def device_of(self, site: str) -> Device:
+        """What `cut: auto` takes a site to have. Raises ConfigError where a setting has no value for it."""
+        return Device(
             of_site(self.site_flops_per_second, site, "split.site_flops_per_second"),
             of_site(self.site_bytes_per_second, site, "split.site_bytes_per_second"),
             of_site(self.site_memory_bytes, site, "split.site_memory_bytes"),
         )
-        last = self.last_blocks if self.labels == "client" else None
-        costs = of_batch(model, train, last)
-        return choose(costs, device, self.server_flops_per_second, self.least_cut, site)
+
+    def _cut_of(self, model: AdaptedModel, train: TrainConfig, site: str) -> int:
+        if self.cut != "auto":
+            return of_site(self.cut, site, "split.cut")
+        costs = of_batch(model, train, self.last_blocks if self.labels == "client" else None)
+        return choose(costs, self.device_of(site), self.server_flops_per_second, self.least_cut, site)
 
 
 def of_site(value: Any, site: str, key: str) -> Any:

@@ -7,7 +7,6 @@ An adapter is a mapping from parameter names to tensors: the LoRA tensors, the c
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import ModelError
 from .cut import WHOLE, Gates, Reached, Span, find_blocks, pack, positions_of, unpack, within
 from .load import Task
 from .lora import LoraConfig
+from .targets import check_saved, check_targets, has_experts, layers, no_target
 from .train import Adapter
 
 _HEADS = r".*(classifier|score)(\..*)?"  # trained whole by PEFT in sequence classification, so never given LoRA too
@@ -32,17 +33,19 @@ Observe = Callable[[tuple[Hashable, ...], Callable[[], set[int]]], AbstractConte
 def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
     """The base with LoRA from PEFT in it; A is drawn from torch's global generator, B is zero.
 
-    Raises ModelError where `target_modules` or `modules_to_save` match nothing, with the names that would match.
+    Experts that transformers keeps as one tensor are no layers and stay as they are. Raises ModelError where
+    `target_modules` name them, or match nothing, as `modules_to_save` may, with the names that would match.
     """
     import peft
 
-    _check_targets(base, lora.target_modules)
-    _check_saved(base, lora.modules_to_save or [])
+    check_targets(base, lora.target_modules)
+    names = layers(base) if has_experts(base) else []  # else PEFT's all-linear would mean the experts too
+    check_saved(base, lora.modules_to_save or [])
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
-        target_modules=lora.target_modules,
+        target_modules=names if names and lora.target_modules == "all-linear" else lora.target_modules,
         lora_dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         modules_to_save=lora.modules_to_save,
@@ -52,45 +55,15 @@ def adapt(base: nn.Module, lora: LoraConfig, task: Task) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D itself
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT still asks for it
-            return peft.get_peft_model(base, config)  # type: ignore[arg-type]
+            made = peft.get_peft_model(base, config)  # type: ignore[arg-type]
     except ValueError as error:
-        raise _no_target(base, lora.target_modules) from error
-
-
-def _check_targets(base: nn.Module, targets: str | list[str]) -> None:
-    """Each name of a list must be there: PEFT only asks that one of them is. A text is a regular expression to it."""
-    names = [name for name, _ in base.named_modules()]
-    if isinstance(targets, list):
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise _no_target(base, [target])
-    elif targets != "all-linear":
-        try:
-            if not any(re.fullmatch(targets, name) for name in names):
-                raise _no_target(base, targets)
-        except re.error as error:
-            raise ModelError(f"lora.target_modules {targets!r} is no regular expression: {error}") from None
-
-
-def _no_target(base: nn.Module, targets: str | list[str]) -> ModelError:
-    kinds = (nn.Linear, nn.Embedding)
-    linear = {n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, kinds) or "Conv1D" in type(m).__name__}
-    hint = "" if isinstance(targets, list) else "; write names as a list, a text must match whole paths"
-    known = sorted(linear - {"default", "base_layer"})  # which PEFT has put in already
-    return ModelError(f"lora.target_modules {targets!r} match nothing; there are {known}{hint}")
-
-
-def _check_saved(base: nn.Module, names: list[str]) -> None:
-    """Modules that can be trained whole have parameters, and are neither a block nor around the blocks."""
-    modules = {n: m for n, m in base.named_modules() if n and next(m.parameters(), None) is not None}
-    lists = {n for n, m in modules.items() if any(isinstance(inner, nn.ModuleList) for inner in m.modules())}
-    whole = {n for n in modules.keys() - lists if not n.rpartition(".")[2].isdigit()}
-    for name in names:
-        found = {n for n in modules if n == name or n.endswith(f".{name}")}
-        if not name or not found or found - whole:
-            leaves = sorted({n.rpartition(".")[2] for n in whole if not next(modules[n].children(), None)})
-            why = "is a block or holds blocks" if found else "matches nothing"
-            raise ModelError(f"lora.modules_to_save {name!r} {why}; there are {leaves}")
+        raise no_target(base, lora.target_modules) from error
+    if names and config.target_parameters:
+        raise ModelError(
+            f"lora.target_modules {lora.target_modules!r} reach experts or their router, which are no layers: write "
+            f"all-linear, or some of {names}"
+        )
+    return made
 
 
 def _cast_once(module: nn.Module) -> None:
@@ -132,6 +105,8 @@ class AdaptedModel:
         peft_model.to(self.device, self.dtype)
         self.module: nn.Module = peft_model.get_base_model()
         self.module.eval()
+        if precision == "fp64" and has_experts(self.module):
+            raise ModelError("train.precision fp64: products of a mixture of experts are there in fp32 and bf16 alone")
         self.initial = {n: p.detach().clone() for n, p in self.module.named_parameters() if p.requires_grad}
         self.module.requires_grad_(False)
         if precision == "bf16":
@@ -211,6 +186,35 @@ class AdaptedModel:
         """Backward through what `forward` gave for a batch of `shape` (B, T) over `span`."""
         with self.observe(("backward", span, shape, True, *self._variant), set):
             output.backward(gradient)
+
+    def work(self, shape: tuple[int, int], span: Span) -> tuple[int, int]:
+        """FLOPs of a forward and backward pass over a span, and the bytes that autograd keeps in between.
+
+        Of a batch of `shape` (B, T) without padding, run once; it is nobody's work, so `observe` sees nothing of it.
+        """
+        adapter = {name: t.detach().requires_grad_() for name, t in self.part(self.initial, span).items()}
+        h_ND = None
+        if span[0] >= 0:
+            h_ND = torch.zeros(shape[0] * shape[1], self.width, dtype=self.dtype, device=self.device)
+            h_ND.requires_grad_(bool(self.part(self.initial, (-1, span[0]))))
+        weights, kept = self._addresses(adapter), dict[int, int]()
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if tensor.is_floating_point() and storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        observe, self.observe = self.observe, lambda key, weights: hooks
+        try:
+            with FlopCounterMode(display=False) as counter:
+                output = self.forward(adapter, torch.full((shape[0],), shape[1]), h_ND=h_ND, span=span)
+                if output.requires_grad:
+                    output.sum().backward()
+        finally:
+            self.observe = observe
+        return counter.get_total_flops(), sum(kept.values())
 
     def _variant_of(self, adapter: Adapter) -> tuple[Hashable, ...]:
         """What makes a pass with this adapter cost another number of FLOPs: other ranks, frozen factors."""

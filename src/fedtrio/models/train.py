@@ -57,6 +57,10 @@ class TrainConfig(BaseModel):
         """Numbers that are held for each that trains: itself, its gradient, and the optimizer's state."""
         return {"adamw": 4, "sgd": 3 if self.momentum else 2}[self.optimizer]
 
+    def state_bytes(self, tensors: Adapter) -> int:
+        """Bytes of tensors that train, their gradients and the optimizer's state."""
+        return self.copies * sum(t.numel() * t.element_size() for t in tensors.values())
+
     def rate_factor(self, progress: float) -> float:
         """By what the learning rates are multiplied when `progress` (0 to 1) of the whole run is done."""
         if progress < self.warmup_ratio:
@@ -94,7 +98,7 @@ class Learner:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, their gradients and the optimizer's state."""
-        return self.config.copies * sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return self.config.state_bytes(self.tensors)
 
     def squared_norms(self) -> Tensor:
         """Squared norm of each gradient, fp64 [tensors]. Without gradients: one zero."""

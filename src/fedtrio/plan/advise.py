@@ -12,7 +12,7 @@ from typing import Any
 
 from ..bench import Bench
 from ..config import Config
-from ..report.units import names_text
+from ..report.units import memory_text, names_text
 from . import advise_text as words
 from . import profiles
 from .advise_choice import (
@@ -126,6 +126,9 @@ def _notes(pricer: Pricer, places: Sequence[Place], limits: Limits, measured: bo
     split = [place.candidate for place in places if place.candidate.framework == "split"]
     if split and pricer.config.task == "causal-lm" and "labels" in split[0].left:
         found.append(CAUSAL)
+    if limits.server_memory is not None and places:
+        held = ((words.title(p.candidate), p.candidate.costs.server_peak_bytes) for p in places)
+        found.append("memory of the server: " + "; ".join(f"{name} {memory_text(size)}" for name, size in held))
     leaves = "; ".join(f"{words.title(p.candidate)} {names_text(sorted(p.candidate.left))}" for p in places)
     return [*found, *([LOW] if split else []), *([f"what leaves a site: {leaves}"] if leaves else [])]
 

@@ -99,14 +99,14 @@ def _kd(config: Config, depth: int, classes: int, public: int) -> Parts:
 
 
 def _split(config: Config, depth: int, classes: int, public: int) -> Parts:
-    """The rank is left alone: activations outweigh the adapter."""
     split, labels = config.split, [AS_IS]
     end = depth - split.last_blocks
     first = min(split.least_cut, end, split.cut if isinstance(split.cut, int) else end)
     if split.labels == "server" and not split.local_loss:
         labels.append(Option({"split.labels": "client"}))
     cuts = [Option({} if cut == split.cut else {"split.cut": cut}) for cut in spread(first, end, CUTS)]
-    return [cuts, labels, _codecs(config, "activations", "gradients", "adapter")]
+    as_is = [] if isinstance(split.cut, int) else [AS_IS]  # each site's own cut, or auto
+    return [_ranks(config), [*as_is, *cuts], labels, _codecs(config, "activations", "gradients", "adapter")]
 
 
 def spread(first: int, last: int, number: int) -> list[int]:

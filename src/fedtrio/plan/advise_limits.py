@@ -17,13 +17,14 @@ from .amounts import BYTES, FLOPS, MEMORY, SECONDS, Unit
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one round, at the site that spends the most of each; bytes, bytes, bytes, operations, seconds."""
+    """Of one round, at the site that spends the most of each, and bytes of the server's memory."""
 
     bytes_up: float
     bytes_down: float
     peak_bytes: float
     flops: float
     seconds: float
+    server_peak_bytes: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ KINDS = (
     Kind("client_memory", "peak_bytes", MEMORY, memory_text, "of memory"),
     Kind("client_flops", "flops", FLOPS, flops_text, "of compute"),
     Kind("deadline", "seconds", SECONDS, seconds_text, "for a round"),
+    Kind("server_memory", "server_peak_bytes", MEMORY, memory_text, "of the server's memory"),
 )
 
 # What must not leave a site, as `left_sites` of results.json calls it.
@@ -70,7 +72,7 @@ Seconds = Annotated[float | None, _read(SECONDS)]
 
 
 class Limits(BaseModel):
-    """Constraints; null or false: none of this kind. Amounts are of one site and one round."""
+    """Constraints; null or false: none of this kind. Amounts are of one round, and of one site but for the server's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,6 +81,7 @@ class Limits(BaseModel):
     client_memory: Memory = Field(default=None, description="memory of a site, as 2GiB")
     client_flops: Flops = Field(default=None, description="operations of a site, as 1TFLOP")
     deadline: Seconds = Field(default=None, description="time, as 10min")
+    server_memory: Memory = Field(default=None, description="memory of the server, as 24GiB")
     labels_stay: bool = Field(default=False, description="labels must not leave a site")
     activations_stay: bool = Field(default=False, description="activations must not leave a site, nor their gradients")
     logits_stay: bool = Field(default=False, description="logits must not leave a site")

@@ -56,9 +56,10 @@ class Priced:
         """As a candidate; of each cost the largest of all sites and rounds."""
         sites = [site for entry in self.rounds for site in entry["sites"]]
         most = {key: float(max(site[key] for site in sites)) for key in _COSTS}
-        costs = Costs(
-            **{_COSTS[key]: value for key, value in most.items()}, seconds=max(map(where.seconds, self.rounds))
-        )
+        seconds = max(map(where.seconds, self.rounds))
+        server = float(max(entry["server_peak_bytes"] for entry in self.rounds))
+        spent = {_COSTS[key]: value for key, value in most.items()}
+        costs = Costs(**spent, seconds=seconds, server_peak_bytes=server)
         left = {part for entry in self.rounds for part in entry["left_sites"]}
         given = self.option.settings, self.option.reduced, self.option.rounded
         return Candidate(self.framework, *given, costs, left, self.unlike, self.framework == "kd", self.measured)
@@ -134,15 +135,15 @@ class Pricer:
 
     def _rounds(self, framework: str, option: Option) -> list[Entry] | None:
         """The costs of an option, put together from the predictions of what each cost depends on."""
-        parts = {what: self._predicted(framework, option.on(what)) for what in ("up", "down", "work")}
+        on = {what: option.on(what) for what in ("up", "down", "work")}
+        both = {key: value for key, value in on["work"].items() if key in on["up"]}
+        parts = {what: self._predicted(framework, settings) for what, settings in {**on, "both": both}.items()}
         if applied(self.config, framework, option.settings) is None:
             return None
         if None in parts.values():  # what stands for this option does not go together, and it does
             parts = dict.fromkeys(parts, self._predicted(framework, option.settings))
-        up, down, work = parts.values()
-        if up is None or down is None or work is None:
-            return None
-        return [_joined(*entries) for entries in zip(up, down, work, strict=True)]
+        found = [entries for entries in parts.values() if entries is not None]
+        return [_joined(*entries) for entries in zip(*found, strict=True)] if len(found) == len(parts) else None
 
     def _predicted(self, framework: str, settings: Mapping[str, Any]) -> list[Entry] | None:
         """The first round, and the second where it costs something else; None where settings don't go together."""
@@ -183,10 +184,15 @@ def _less(both: Entry, first: Entry) -> Entry:
     return {**both, "rounds": 1, "sites": sites, "server_flops": both["server_flops"] - first["server_flops"]}
 
 
-def _joined(up: Entry, down: Entry, work: Entry) -> Entry:
-    """Bytes up of one prediction, bytes down of another, all else of a third."""
+def _joined(up: Entry, down: Entry, work: Entry, both: Entry) -> Entry:
+    """Bytes up of one prediction, bytes down of another, all else of a third.
+
+    The server's memory is that of `work`, and what `up` makes it hold beside: `up` less `both`, which has the settings
+    that the two share.
+    """
     sites = [
         {**w, "bytes_up": u["bytes_up"], "bytes_down": d["bytes_down"], "messages": u["messages"]}
         for u, d, w in zip(up["sites"], down["sites"], work["sites"], strict=True)
     ]
-    return {**work, "sites": sites, "left_sites": up["left_sites"]}
+    server = work["server_peak_bytes"] + up["server_peak_bytes"] - both["server_peak_bytes"]
+    return {**work, "sites": sites, "left_sites": up["left_sites"], "server_peak_bytes": server}

@@ -67,10 +67,18 @@ class Family:
         return depth
 
     def _alike(self, depth: int) -> bool:
-        """Whether all blocks are: no list of the configuration tells them apart, and no pattern of target modules."""
+        """Whether all blocks are: no list of the configuration tells them apart, and no pattern of target modules.
+
+        Where there are experts, settings of many names say which blocks have some; there the blocks are looked at.
+        """
         lists = [v for v in self.config.to_dict().values() if isinstance(v, list) and len(v) == depth and depth > 1]
         plain = not isinstance(self.lora.target_modules, str) or self.lora.target_modules == "all-linear"
-        return plain and all(value == values[0] for values in lists for value in values)
+        same = plain and all(value == values[0] for values in lists for value in values)
+        if same and any("expert" in name for name in self.config.to_dict()):
+            blocks = find_blocks(_built(copy.deepcopy(self.config), self.task))
+            shapes = [[(name, p.shape) for name, p in block.named_parameters()] for block in blocks]
+            return all(other == shapes[0] for other in shapes)
+        return same
 
     # What passes cost ----------------------------------------------------------------------------------------------
 
@@ -154,7 +162,7 @@ def _uncounted(config: Any, error: Exception) -> ModelError:
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return ModelError(
         f"a model of type {config.model_type} can't be counted on shapes alone: it must be an encoder or a decoder "
-        f"that costs the same whatever its tokens are, unlike a mixture of experts. Said there: {said}"
+        f"that costs the same whatever its tokens are. Said there: {said}"
     )
 
 

@@ -29,7 +29,7 @@ def round(run: Rehearsal, method: KD, cohort: Sequence[str]) -> None:
         for name in cohort:
             run.up(name, "done", {}, {"weight": run.sites[name].data.weight}, done=True)
         return
-    _student(run, method, lab, len(cohort))
+    _student(run, method, lab, cohort)
     for name in cohort:
         run.down(name, "aggregated logits", _logits(method, lab, None))
         run.up(name, "done", done=True)
@@ -55,10 +55,11 @@ def _site(run: Rehearsal, method: KD, site: Place) -> bool:
     return bool(len(lab.public))
 
 
-def _student(run: Rehearsal, method: KD, lab: Lab, sites: int) -> None:
+def _student(run: Rehearsal, method: KD, lab: Lab, cohort: Sequence[str]) -> None:
     """The server's work: its student learns from the aggregate; all sites' logits are held meanwhile."""
     server = run.server  # what the sites sent, and of dense logits the sum in fp64 and the teacher
-    held = sites * sum(spec.bytes for spec in _logits(method, lab, None).values()) + 3 * logits_spec(lab).bytes
+    sent = [spec for name in cohort for spec in _logits(method, lab, name).values()]
+    held = sum(spec.bytes for spec in sent) + 3 * logits_spec(lab).bytes
     learns = bool(method.server_epochs)
     with server.meter.at(server.name):
         if method.protocol == "fedmkt" and learns and (method.distill_weight or method.public_weight):

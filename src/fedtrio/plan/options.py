@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..config import Config
-from ..errors import FedtrioError
+from ..errors import ConfigError, FedtrioError
 from .predict import Assumed, model_of, predict
 from .profiles import Device, Link, timed
 
-SENT = ("adapter", "activations", "gradients")
+Entry = dict[str, Any]
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedllm": {
         "A frozen": {"fedllm": {"aggregation": "ffa"}},
@@ -43,6 +43,8 @@ def plan(
 
     `runs` has the entries of `predict`, each with its `option` ("" as configured) and `times`, one for each device and
     line: seconds and joules of a round (`profiles.timed`), and whether the site's half fits into the device's memory.
+    With `split.cut: auto` they are those of the `cut` that would be chosen with the numbers of device, line and server.
+
     Raises ConfigError, ModelError.
     """
     runs = []
@@ -59,23 +61,39 @@ def plan(
                     raise
                 continue  # an option that does not go with the rest of the configuration
             runs += [{"option": option, **entry} for entry in found]
-    for run in runs:
-        run["times"] = [
-            {
-                "device": device,
-                "link": link,
-                **timed(run, at, over, server),
-                "fits": run["client_peak_bytes"] <= at.memory_bytes,
-            }
-            for device, at in (devices or {}).items()
-            for link, over in (links or {}).items()
-            if server
-        ]
+            for run in runs[-len(found) :]:
+                run["times"] = [
+                    {"device": on, "link": by, **_time(run, changed, at, over, server, assumed, shape)}
+                    for on, at in (devices or {}).items()
+                    for by, over in (links or {}).items()
+                    if server
+                ]
     model = model_of(config.resolved(), assumed.classes, shape)
     described = {"blocks": model.depth, "width": model.width, "parameters": model.parameters, "classes": model.classes}
     trained = sum(tensor.numel() for tensor in model.initial.values())
     tokens = min(assumed.tokens, model.reads or assumed.tokens, config.train.max_length)
     return {"model": {**described, "trained": trained}, "assumed": {**vars(assumed), "tokens": tokens}, "runs": runs}
+
+
+def _time(
+    entry: Entry, config: Config, at: Device, over: Link, server: Device, assumed: Assumed,
+    shape: Mapping[str, Any] | None,
+) -> Entry:  # fmt: skip
+    """Seconds and joules of a round on a device and line; with `split.cut: auto` at the cut that is chosen there."""
+    if "cuts" not in entry:
+        return {**timed(entry, at, over, server), "fits": entry["client_peak_bytes"] <= at.memory_bytes}
+    there = {
+        "site_flops_per_second": at.flops_per_second,
+        "site_bytes_per_second": over.bytes_per_second,
+        "site_memory_bytes": at.memory_bytes,
+        "server_flops_per_second": server.flops_per_second,
+    }
+    changes = {"seeds": [entry["seed"]], "split": config.split.model_copy(update=there)}
+    try:
+        (entry,) = predict(config.model_copy(update=changes), assumed, shape)
+    except ConfigError:  # not one cut fits into the memory
+        return {**timed(entry, at, over, server), "fits": False, "cut": None}
+    return {**timed(entry, at, over, server), "fits": True, "cut": entry["cuts"][0]["cut"]}
 
 
 def _changed(

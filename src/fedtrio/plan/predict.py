@@ -13,7 +13,6 @@ from ..coding import Coding
 from ..config import Config
 from ..data.batches import Encoded
 from ..data.private import PrivateData
-from ..errors import ConfigError
 from ..frameworks import KD, FedLLM, Local, Split
 from ..frameworks.lab import Framework
 from ..meter import Meter
@@ -50,7 +49,8 @@ def predict(
 
     Keys: framework, seed, rounds, bytes_up, bytes_down, payload_up, payload_down, messages, client_flops,
     client_peak_bytes, server_flops, server_peak_bytes, sites, kinds, left_sites, how, bounds. What is no exact number
-    stands in `how` as an upper bound, and `bounds` says why.
+    stands in `how` as an upper bound, and `bounds` says why. With `split.cut: auto` there is also `cuts`: the cuts that
+    a run would choose, each with its sites and the numbers it follows from.
 
     Raises ConfigError, DataError, ModelError.
     """
@@ -76,8 +76,12 @@ def _entry(
     exact = "upper bound" if run.bounds else "exact"
     entry["how"] = {"bytes": exact, "client_flops": "counted", "client_peak_bytes": "modelled"}
     entry["how"] |= {"server_flops": "counted", "server_peak_bytes": "modelled"}
+    if isinstance(method, Split) and (cuts := split.chosen(run, method)):
+        entry |= {"cuts": cuts}
+        entry["how"] |= {"cuts": "chosen as at a run's start"}
     if config.attn_implementation != "eager":
-        entry["how"] |= dict.fromkeys(("client_flops", "server_flops"), "counted as for eager attention")
+        counted = ("client_flops", "server_flops", *(["cuts"] if "cuts" in entry else []))
+        entry["how"] |= dict.fromkeys(counted, "counted as for eager attention")
     return {"framework": name, "seed": seed, "rounds": config.rounds, **entry, "bounds": sorted(run.bounds)}
 
 
@@ -86,8 +90,6 @@ def rehearse(
     shape: Mapping[str, Any] | None,
 ) -> Rehearsal:  # fmt: skip
     """All rounds of one run. Raises ConfigError for what is not predicted, and for settings that don't fit."""
-    if isinstance(method, Split) and method.cut == "auto":
-        raise ConfigError("split.cut auto is not predicted, as it is chosen on the model itself: name a cut")
     meter = Meter(COUNTS)
     lab = _lab(config, seed, bench, assumed, shape)
     for cut in method.cuts(lab.model.depth):

@@ -33,6 +33,11 @@ class Link:
     joules_per_byte: float
     source: str = "own numbers"
 
+    @property
+    def bytes_per_second(self) -> float:
+        """Of as many bytes up as down."""
+        return 2 / (1 / self.up_bytes_per_second + 1 / self.down_bytes_per_second)
+
 
 GUESS = "order of magnitude"
 DEVICES = {

@@ -21,7 +21,7 @@ from ..ledger import Ledger
 from ..message import Fact
 from ..meter import Cost, Meter
 from ..models.cut import WHOLE, Span
-from ..models.train import Adapter, TrainConfig
+from ..models.train import Adapter
 from .frames import frame_bytes, payload_bytes
 from .weightless import How, Weightless
 
@@ -111,7 +111,7 @@ class Place:
 
     def hold(self, trained: Adapter, *spans: Span, more: int = 0) -> None:
         """It is about to train these tensors."""
-        self.meter.hold(self.model.held_bytes(*(spans or (WHOLE,))) + state_bytes(trained, self.lab.train) + more)
+        self.meter.hold(self.model.held_bytes(*(spans or (WHOLE,))) + self.lab.train.state_bytes(trained) + more)
 
     def forward(self, load: Load, span: Span | None = WHOLE, how: How = PLAIN, grad: bool = True) -> None:
         """A forward pass over a span; None: the auxiliary head of split.local_loss."""
@@ -139,11 +139,6 @@ class Place:
         """Train on the public set of a round."""
         loads = loads_of(lab.public, lab.public_batches(round, self.name, epochs))
         self.fit(self.model.initial, loads, more=more)
-
-
-def state_bytes(trained: Adapter, train: TrainConfig) -> int:
-    """Bytes of tensors that train, their gradients and the optimizer's state."""
-    return train.copies * tensor_bytes(trained)
 
 
 def tensor_bytes(tensors: Adapter) -> int:

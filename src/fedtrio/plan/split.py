@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ..frameworks.split_server import shares_of
 from ..frameworks.split_settings import NORMS, Layout
 from ..message import Fact
 from ..models.train import Adapter
-from .rehearsal import Load, Place, Rehearsal, state_bytes
+from .rehearsal import Load, Place, Rehearsal
 from .weightless import How
 
 BOUND = 0.1234567890123456789  # printed as long as any loss or threshold is, at most
@@ -48,6 +49,15 @@ def round(run: Rehearsal, method: Split, cohort: Sequence[str]) -> None:
         told = {"loss": BOUND} if method.cache == "adaptive" and talk.layout.top else {}
         half = {**talk.half, **talk.norms}
         run.up(name, "adapter", half, {"weight": talk.site.data.weight, **told}, done=True)
+
+
+def chosen(run: Rehearsal, method: Split) -> list[dict[str, Any]]:
+    """With `split.cut: auto` which cut goes to which sites, and by which numbers; the chooser is the run's own."""
+    groups: dict[Any, list[str]] = {}
+    for name in sorted(run.sites) if method.cut == "auto" else ():
+        groups.setdefault((method.layout(run.lab, name).bottom[1], method.device_of(name)), []).append(name)
+    server = {"server_flops_per_second": method.server_flops_per_second}
+    return [{"cut": cut, "sites": names, **asdict(at), **server} for (cut, at), names in groups.items()]
 
 
 def _open(run: Rehearsal, method: Split, site: Place) -> Dialogue:
@@ -130,7 +140,7 @@ def _serve_memory(run: Rehearsal, method: Split, talks: Mapping[str, Dialogue]) 
     above = {name: set(lab.initial) - set(talk.half) for name, talk in talks.items()}
     halves = list(above.values()) if method.variant == "sflv1" else [set().union(*above.values())]
     with run.server.meter.at(run.server.name):
-        trained = sum(state_bytes({name: lab.initial[name] for name in half}, lab.train) for half in halves)
+        trained = sum(lab.train.state_bytes({name: lab.initial[name] for name in half}) for half in halves)
         run.server.meter.hold(model.held_bytes(*{talk.layout.server for talk in talks.values()}) + trained)
 
 

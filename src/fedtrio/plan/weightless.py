@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import flop_registry
 
 from ..aggregation.lora import core_name, factor_of, pairs
 from ..aggregation.rules import fedsb_adapter
-from ..meter import Cost, Watch
+from ..meter import GROUPED, Cost, Watch
 from ..models.adapter import AdaptedModel, adapt
 from ..models.cut import WHOLE, Span, within
 from ..models.load import Task
@@ -44,6 +45,13 @@ class _Places(Watch):
 
     def place(self, tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is not GROUPED:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        a, b = args[:2]  # on shapes alone torch does this product in bf16 only
+        self._flops += flop_registry[GROUPED](*args, **(kwargs or {}), out_val=None)
+        return a.new_empty(a.shape[0], b.shape[-1])
 
 
 class Ghost(AdaptedModel):
@@ -191,6 +199,14 @@ class Weightless(AdaptedModel):
         found = self.family.quantities(self, span, how)
         forward, saved, backward = (q.at(*self.padded(shape)) for q in found)
         return Cost(forward, saved), backward
+
+    def work(self, shape: tuple[int, int], span: Span) -> tuple[int, int]:
+        """As of the model itself, of one block or of an end; a block after the first costs what the second one does."""
+        at, few = span[0], self.ghost.depth
+        here = few if at == self.depth else min(at, few - 1)
+        how = How(below=at >= 0 and bool(self.part(self.initial, (-1, at))), dropout=False)
+        forward, backward = self.ghost.count(shape, (here, here + 1 if here < few else None), how)
+        return forward.flops + backward, forward.saved_bytes
 
     def auxiliary_cost(self, shape: tuple[int, int]) -> tuple[Cost, int]:
         """The same of `split_local.local_gradient`, which is no span of the model.

@@ -15,6 +15,7 @@ from .tables import TITLES, plain
 from .units import bytes_text, count_text, flops_text, memory_text, names_text, seconds_text
 
 Run = Mapping[str, Any]
+AUTO = "split.cut auto: at the cut that the numbers of device, line and server give."
 MINOR = ("Server compute", "Server memory", "Messages", "Down / site")  # left out first on a narrow terminal
 
 
@@ -55,12 +56,39 @@ def print_runs(runs: Sequence[Run], console: Console) -> None:
                 console.print(Text(plain(f"  {head:<15} {value:>18}", console)))
     for reason in sorted({reason for run in runs for reason in run["bounds"]}):
         console.print(plain(f"≤ {reason}.", console), markup=False)
+    for line in dict.fromkeys(line for run in runs for line in cuts_lines(run)):
+        console.print(plain(line, console), markup=False, soft_wrap=True)
+
+
+def cuts_lines(run: Run) -> list[str]:
+    """With `split.cut: auto`, which sites get which cut, and from which numbers."""
+    found, groups = [], run.get("cuts", [])
+    for group in groups:
+        memory = group["memory_bytes"]
+        found.append(
+            f"split.cut auto takes cut {group['cut']} for {_sites(group['sites'], len(groups) == 1)}: "
+            f"{flops_text(group['flops_per_second'])}/s, a line of {bytes_text(group['bytes_per_second'])}/s, "
+            f"{memory_text(memory) if memory else 'any'} memory; server "
+            f"{flops_text(group['server_flops_per_second'])}/s."
+        )
+    if groups and run["how"]["cuts"].startswith("counted as for eager"):
+        found.append("These cuts are counted as for eager attention: a run with another may take others.")
+    return found
+
+
+def _sites(names: Sequence[str], all_of_them: bool) -> str:
+    """A few names, and how many more."""
+    if all_of_them:
+        return f"all {len(names)} sites" if len(names) > 1 else "the site"
+    return names_text(names if len(names) < 5 else [*names[:3], f"{len(names) - 3} more"])
 
 
 def print_times(runs: Sequence[Run], console: Console) -> None:
     """Seconds and joules of a round at the slowest site, one row for each device and line that something fits."""
     if not runs or not runs[0]["times"]:
         return
+    if any("cut" in run["times"][0] for run in runs):
+        console.print(AUTO, style="dim")
     heads = ["Device", "Line", *(TITLES.get(run["framework"], run["framework"]) for run in runs)]
     grid = [[run["times"][i] for run in runs] for i in range(len(runs[0]["times"]))]
     rows = [
@@ -81,7 +109,8 @@ def print_times(runs: Sequence[Run], console: Console) -> None:
 def _time(found: Mapping[str, Any]) -> str:
     if not found["fits"]:
         return "too little memory"
-    return f"{seconds_text(found['seconds_per_round'])}, {energy_text(found['joules_per_site_and_round'])}"
+    cut = f"cut {found['cut']}: " if "cut" in found else ""
+    return cut + f"{seconds_text(found['seconds_per_round'])}, {energy_text(found['joules_per_site_and_round'])}"
 
 
 def _shown(heads: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> bool:
