@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .meter import Meter
 from .run import OnRound, cohort_size
 from .trackers import Trackers
+from .wires.ray import package as ray_package
 from .workers import Workers
 
 SCHEMA_VERSION = 1
@@ -126,6 +127,8 @@ def prepare(bench: Bench) -> dict[str, Any]:
     Raises ConfigError, DataError, ModelError.
     """
     config = bench.config
+    if config.wire.name == "ray":
+        ray_package()
     for name in config.frameworks:  # better refused now than after an hour of another one
         method, seed = config.framework(name), config.seeds[0]
         bench.cuts(method, seed)
