@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench import Bench
-from .checkpoint import write_whole
+from .checkpoint import make_folder, write_whole
 from .config import Config, WireConfig, flat
 from .config_file import load_config
 from .errors import ConfigError
@@ -56,7 +56,7 @@ def compare(
     with closing(Trackers(config, folder.path)) as trackers, Workers(config, min(len(todo), jobs)) as workers:
         results = {"schema_version": SCHEMA_VERSION, **workers.prepare(prepare), "runs": runs}
         if record_frames is not None:
-            _make(record_frames, "--record-frames")
+            make_folder(record_frames, "--record-frames")
         on_start(results)
         folder.write(results)
         for entry in workers.results(tasks, trackers.watching(on_round)):
@@ -184,10 +184,3 @@ def environment(config: Config) -> dict[str, Any]:
         "threads": config.threads,
         "precision": config.train.precision,
     }
-
-
-def _make(folder: Path, option: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} can't be written: {error.strerror}; choose another {option}") from error
