@@ -1,6 +1,6 @@
 """An aggregation rule of your own: one function, named in the configuration.
 
-fedtrio compare --set frameworks=[fedllm] --set fedllm.aggregation=examples/own_aggregation.py:trimmed
+fedtrio compare --set "frameworks=[fedllm]" --set fedllm.aggregation=examples/own_aggregation.py:trimmed
 
 python examples/own_aggregation.py [FOLDER]     runs it on a little of the built-in data
 """

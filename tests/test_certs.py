@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedtrio import certs
-from fedtrio.certs import check, describe, issue, load_authority, make_certs
+from fedtrio.certs import check, check_server, check_site, describe, issue, load_authority, make_certs
 from fedtrio.errors import ConfigError
 
 NOW, DAY = datetime.now(UTC), timedelta(days=1)
@@ -109,6 +109,16 @@ def test_names_that_cannot_be(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_other_side_s_folder(tmp_path: Path) -> None:
+    made = make_certs(["a"], tmp_path)
+    check_server(made["server"])
+    check_site(made["a"])
+    with pytest.raises(ConfigError, match="is that of the site a; the server needs the folder named server"):
+        check_server(made["a"])
+    with pytest.raises(ConfigError, match="server is a server's; a site needs the folder of its own name"):
+        check_site(made["server"])
+
+
 def test_other_arguments_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must differ"):
         make_certs(["a", "A"], tmp_path)
@@ -116,8 +126,9 @@ def test_other_arguments_that_cannot_be(tmp_path: Path) -> None:
         make_certs(["a"], tmp_path, days=0)
     with pytest.raises(ConfigError, match="at least one host"):
         make_certs(["a"], tmp_path, hosts=[])
-    with pytest.raises(ConfigError, match="neither a host name nor an address"):
-        make_certs(["a"], tmp_path, hosts=["übel.example"])
+    for host in ("übel.example", "https://fed.example.org:8443", "fed.example.org:8443", "fed example", ""):
+        with pytest.raises(ConfigError, match="neither a host name nor an address"):
+            make_certs(["a"], tmp_path, hosts=["192.0.2.1", "*.example.org", "::1", host])
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):

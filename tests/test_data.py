@@ -163,7 +163,7 @@ class TestLabels:
     def test_unseen_in_training(self, write, load):
         write("train.csv", csv_of(20))
         write("test.csv", "text,label\na,0\nb,loan\nc,loan\nd,fee\n")
-        with pytest.raises(DataError, match=r"test\.csv: labels that .*: 'loan' \(2 rows\), 'fee' \(1 rows\)$"):
+        with pytest.raises(DataError, match=r"test\.csv: labels that .*: 'loan' \(2 rows\), 'fee' \(1 row\)$"):
             load(train="train.csv", test="test.csv")
 
     def test_missing(self, write, load):

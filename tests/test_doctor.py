@@ -369,7 +369,7 @@ def test_data_of_a_site(doctor: Doctor, site: Path, rows: list[list[str]], tmp_p
         "data", 3, "no column 'intent'; found: text, label, site"
     )
     doctor(site, "--site", "--set", "data.train=ow.csv").fault("data", 3, "no such file; did you mean 'own.csv'?")
-    doctor(site, "--site", "--set", "data.labels=[a, b]").fault("data", 3, "labels that do not occur")
+    doctor(site, "--site", "--set", "data.labels=[a, b]").fault("data", 3, "are not in the server's data.labels")
     doctor(site, "--site", "--set", "data.train=null").fault("data", 2, "data.train is missing")
     write(tmp_path / "own.csv", [[row[0]] for row in rows])
     assert "29 examples for causal-lm" in doctor(site, "--site").of("data")[1]

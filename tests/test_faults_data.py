@@ -52,10 +52,13 @@ def files(folder: Path) -> set[str]:
 
 
 def results_of(run: test_cli.Run, folder: Path, *words: object) -> dict[str, Any]:
-    """What a run that must succeed leaves in results.json."""
+    """What a run that must succeed leaves in results.json; its warnings stand on the terminal too."""
     said = run("compare", *words, "--out", folder)
     assert said.code == 0 and said.err == "", said.err
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    shown = " ".join(said.out.split())  # a terminal breaks lines
+    assert all(f"warning: {' '.join(warning.split())}" in shown for warning in results["warnings"]), said.out
+    return results
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -74,6 +77,9 @@ def results_of(run: test_cli.Run, folder: Path, *words: object) -> dict[str, Any
         ("few.csv", texts(2), ["2 rows are too few to hold out 2"]),
         ("blank.csv", "text,label\n,1\n ,0\n", ["all 2 texts are empty"]),
         ("ragged.csv", "text,label\na,1\nb,2,3\n", ["line 3 has 3 values for 2 columns", "double quotes"]),
+        ("semicolons.csv", 'text;label\n"a; ""b""";1\n', ["';' between its columns", "a .csv must have ','"]),
+        ("tabs.csv", "text\tlabel\na\t1\n", ["'\\t' between its columns"]),
+        ("commas.tsv", "text,label\na,1\n", ["',' between its columns", "a .tsv must have '\\t'"]),
         ("unlabelled.csv", texts(20) + "more,\n", ["no value in column 'label' in row 21"]),
         ("broken.jsonl", '{"text": "a", "label": 0}\n{"text": \n', ["line 2, column 10 is not JSON"]),
         ("rows.jsonl", '3\n{"text": "a"}\n', ["row 1 is of type int, not an object"]),
@@ -120,7 +126,7 @@ def test_labels_that_training_has_not_seen(run, write, tmp_path):
     write("test.csv", 'text,label\na,0\nb,loan\nc,"\x1b[31mtwo\nlines"\n')
     path = written(tmp_path, "data: {train: train.csv, test: test.csv}\n")
     said = run("compare", path, *small(), "--out", tmp_path / "run")
-    refused(said, 3, "test.csv", "do not occur in training", "'loan' (1 rows)", r"'\x1b[31mtwo\nlines'")
+    refused(said, 3, "test.csv", "do not occur in training", "'loan' (1 row)", r"'\x1b[31mtwo\nlines'")
     assert "\x1b" not in said.err, "what a file says reached the terminal as it stands"
 
 
@@ -326,8 +332,8 @@ def test_settings_that_no_model_could_use(run, tmp_path, setting, code, wanted):
         ("seeds: [0, 1.5]\n", (":1: seeds.1", "integer")),
         ("data: [train.csv]\n", (":1: data", "train.csv")),
         ("data:\n  trian: x.csv\n", (":2: data.trian", "did you mean 'train'?")),
-        ("data:\n  test: 1.5\n", (":2: data.test", "between 0 and 1")),
-        ("data: {test: 0.6, public: 0.5}\n", (":1: data", "leave nothing to train on")),
+        ("data:\n  test: 1.5\n", (":2: data.test", "between 0 and 1, for instance 0.2, got 1.5")),
+        ("data: {test: 0.6, public: 0.5}\n", (":1: data", "together leave nothing to train on\n")),
         ("partition:\n  name: iid\n  min_examples: 0\n", (":3: partition.min_examples", "got 0")),
         (f"rounds: {'9' * 400}\n", (":1: rounds", "less than or equal to 1000000")),
         ("train:\n  epochs: 100000000000000000000\n", (":2: train.epochs", "less than or equal to 1000000")),

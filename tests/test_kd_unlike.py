@@ -167,7 +167,10 @@ def test_language_models_must_share_a_tokenizer(tmp_path: Path) -> None:
         ConfigError, match=r"holds '.+more', whose tokenizer \(\d+ words\) is another than that of 'nano'"
     ):
         compare(config(*causal, f"kd.models={{site-1: {more_words}}}"), tmp_path / "no")
-    own = [f"kd.models={{site-1: {more_words}}}", "kd.lora={target_modules: [q_proj]}"]
+    own = [f"kd.models={{site-1: {more_words}}}", "lora.target_modules=[c_attn]"]
+    with pytest.raises(ModelError, match=r"^site-1 holds '.+more': .*\['c_attn'\] match nothing.*; set kd\.lora"):
+        compare(config(*own, "rounds=1"), tmp_path / "no")
+    own += ["kd.lora={target_modules: [q_proj]}"]
     compare(config(*own, "rounds=1"), tmp_path / "classes")  # any mix classifies
 
 

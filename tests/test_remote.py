@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -28,6 +30,7 @@ from same import timeless
 
 from fedtrio.bench import Bench
 from fedtrio.certs import issue, load_authority, make_certs
+from fedtrio.checkpoint import unwritable
 from fedtrio.compare import compare
 from fedtrio.config_file import load_config, load_site_config
 from fedtrio.data.batches import epoch_batches
@@ -389,6 +392,19 @@ def test_faults_of_a_server_s_own_files(world: World, tmp_path: Path) -> None:
         got, text = fedtrio("serve", world.folder / "server.yaml", server, f"--out={out}", *words, log=log)
         assert got == code and said in text and len(text.splitlines()) <= 2, text
         assert not out.exists()
+    site_s = [f"--certs={world.certs('ada')}", f"--out={tmp_path / 'out'}"]
+    got, text = fedtrio("serve", world.folder / "server.yaml", *site_s, log=tmp_path / "site.log")
+    assert got == 2 and "is that of the site ada; the server needs" in text
+
+
+def test_a_folder_that_can_t_be_written(world: World, tmp_path: Path) -> None:
+    """It is said before the site joins, and a full disk sends nobody to a folder without what was kept."""
+    good = write_yaml(tmp_path / "good.yaml", {"data": {"train": str(world.folder / "ada.csv")}})
+    words = ["--server=https://127.0.0.1:1", f"--certs={world.certs('ada')}", f"--folder={good}/x", "--patience=1"]
+    got, text = fedtrio("site", good, *words, log=tmp_path / "site.log")
+    assert got == 2 and text.endswith("can't be written: Not a directory; choose another --folder\n")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(unwritable(tmp_path, full)).endswith("make room, then give the same command again")
 
 
 # The journal of turns -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from made_up import made_up
 
 from fedtrio import sweep as module
 from fedtrio.compare import compare
-from fedtrio.errors import ConfigError
+from fedtrio.errors import ConfigError, DataError
 from fedtrio.report import curves, tables, varied
 from fedtrio.report.curves import front
 from fedtrio.report.folders import together, written_anew
@@ -48,8 +48,9 @@ def test_points_times_grid() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("pionts: {}", "pionts is no key of a study; did you mean 'points'?"),
-        ("grid: {lora.r: []}", "lora.r must have at least one value"),
+        ("pionts: {}", "pionts is no key of a study; did you mean 'points'? (known: base, set, points, grid)"),
+        ("grid: {lora.r: []}", "grid: lora.r must have at least one value"),
+        ("grid: {lora.r: 4}", "grid.lora.r: Input should be a valid list"),
         ("grid: {lora.r: [2, 2]}", "each once"),
         ("grid: {lora.rr: [2]}", "point 'lora.rr=2': --set: lora.rr is no setting; did you mean 'r'?"),
         ("points: {bad: {rounds: 0}}", "point 'bad': --set: rounds: "),
@@ -134,6 +135,17 @@ def test_what_is_finished_is_not_run_again(
     monkeypatch.setattr(module, "compare", lambda config, folder, jobs: started.append(folder) or {"runs": []})
     sweep(path, out, jobs=1)
     assert started == [out / "plain"]
+
+
+def test_a_point_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
+    small = SMALL.replace("[0, 1]", "[0], frameworks: [local]")
+    path = written(tmp_path, f"set: {{{small}}}\npoints: {{bad: {{data.train: no.csv}}, good: {{}}}}")
+    told: list[tuple[str, bool]] = []
+    with pytest.raises(DataError, match=r"^point 'bad': .*no\.csv: no such file"):
+        sweep(path, tmp_path / "out", 1, lambda name, _, of, came: told.append((name, isinstance(came, DataError))))
+    assert told == [("bad", True), ("good", False)]
+    (point,) = json.loads((tmp_path / "out" / "study.json").read_text())["points"]
+    assert point["name"] == "good" and len(point["runs"]) == 1
 
 
 def test_names_are_escaped() -> None:

@@ -163,7 +163,11 @@ class Bench:
             other = self.at(method, share.name)
             if other is self:
                 continue
-            theirs, ours = other.model(seed).classes, self.model(seed).classes
+            try:
+                theirs, ours = other.model(seed).classes, self.model(seed).classes
+            except ModelError as error:
+                hint = "; set kd.lora, which is for kd.models" if other.config.lora is self.config.lora else ""
+                raise ModelError(f"{share.name} holds {other.config.model!r}: {error}{hint}") from error
             if theirs != ours:
                 raise ConfigError(
                     f"{share.name} holds {other.config.model!r}, whose logits have {theirs} columns, and those of "

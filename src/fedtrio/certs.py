@@ -31,6 +31,7 @@ RESERVED = ("authority", "server")
 FILES = ("ca.pem", "cert.pem", "key.pem")
 HOSTS = ("localhost", "127.0.0.1")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _AUTHORITY_DAYS = 3650
 _BACKDATED = timedelta(minutes=10)  # the clocks of sites are not all right
 
@@ -171,6 +172,20 @@ def check(folder: Path) -> None:
         )
 
 
+def check_server(folder: Path) -> None:
+    """`check`, and that the folder is the server's. ConfigError."""
+    check(folder)
+    if not (found := describe(folder)).hosts:
+        raise ConfigError(f"{folder} is that of the site {found.subject}; the server needs the folder named server")
+
+
+def check_site(folder: Path) -> None:
+    """`check`, and that the folder is a site's. ConfigError."""
+    check(folder)
+    if describe(folder).hosts:
+        raise ConfigError(f"{folder} is a server's; a site needs the folder of its own name, made by `fedtrio certs`")
+
+
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -300,10 +315,9 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise ConfigError(f"{host!r} is neither a host name nor an address; write example.org or 192.0.2.1") from error
+    if not _HOST.fullmatch(host):  # an address with https:// or a port would never be the name that sites dial
+        raise ConfigError(f"{host!r} is neither a host name nor an address; write example.org or 192.0.2.1")
+    return x509.DNSName(host)
 
 
 def _hosts_of(cert: x509.Certificate) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ file is there and has that hash, and so falls back to the round before where a f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,23 @@ Tree = Mapping[str, Any]  # groups of tensors, nested at will
 KEPT = 2  # rounds
 
 
+def unwritable(path: Path, error: OSError, option: str = "--out") -> ConfigError:
+    """What to say of a file that can't be written: on a full disk another folder would lose what there is."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    mend = "make room, then give the same command again" if full else f"choose another {option}"
+    return ConfigError(f"{path} can't be written: {error.strerror}; {mend}")
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Raises ConfigError where there can be no such folder, or nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise unwritable(folder, error, option) from error
+
+
 def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
     """Write to a temporary file and rename; `durable` waits until the disk has it. Raises ConfigError (see text)."""
     temporary = path.with_name(path.name + ".tmp")
@@ -39,7 +57,7 @@ def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
             _sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise ConfigError(f"{path} can't be written: {error.strerror}; choose another --out") from error
+        raise unwritable(path, error) from error
 
 
 def append_line(path: Path, line: str) -> None:
@@ -52,7 +70,7 @@ def append_line(path: Path, line: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}; choose another --out") from error
+        raise unwritable(path, error) from error
 
 
 def _sync_folder(folder: Path) -> None:

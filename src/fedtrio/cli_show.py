@@ -85,15 +85,20 @@ class Progress:
 
     def start(self, results: Any) -> None:
         """Say what is about to run."""
+        from .report.tables import plain
+
         config, data = results["config"], results["data"]
+        rounds = "round" if config["rounds"] == 1 else "rounds"
         sites = len(data["partitions"][0]["sites"]) if data["partitions"] else len(config["wire"]["sites"] or [])
         held = f"{data['train']} training examples on {sites} sites" if data["train"] else f"{sites} sites"
         self._console.print(
             f"{config['model']}, {config['task']}: {held}, {data['test']} test, {data['public']} public; "
-            f"{config['rounds']} rounds, {config['train']['precision']} on {config['device']}, "
+            f"{config['rounds']} {rounds}, {config['train']['precision']} on {config['device']}, "
             f"threads: {config['threads']}",
             markup=False,
         )
+        for warning in results["warnings"]:
+            self._console.print(plain(f"warning: {warning}", self._console), markup=False)
         if self._console.is_terminal:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

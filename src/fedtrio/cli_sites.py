@@ -46,8 +46,10 @@ def serve(
     """Run a comparison with sites that dial in over HTTPS."""
     from rich.console import Console
 
+    from .certs import check_server
     from .config_file import load_config
 
+    check_server(certs)
     console = Console(stderr=as_json, highlight=False)
     out = out or Path("runs") / config.stem
     from .serve import serve as run_server
@@ -94,6 +96,7 @@ def site(
 
     name = _site_name(name, server, certs, local)
     own = load_site_config(config, settings or [])
+    from .checkpoint import make_folder
     from .remote import Host
 
     asked: set[str] = set()
@@ -116,6 +119,7 @@ def site(
     stopped.again = "start the same command again to go on"
     folder = folder or Path(f"site-{name}")
     host = Host(name, own, folder, leaving, lambda text: typer.echo(text, err=True))
+    make_folder(folder, "--folder")  # rather now than when the first round comes
     if server and certs:
         from .wires.dial import dial
 
@@ -135,9 +139,9 @@ def _site_name(name: str | None, server: str | None, certs: Path | None, local: 
         return name
     if server is None or certs is None or name:
         raise ConfigError("say --server and --certs to dial a server, or --local and --name to serve a SuperNode")
-    from .certs import check, describe
+    from .certs import check_site, describe
 
-    check(certs)
+    check_site(certs)
     return describe(certs).subject
 
 

@@ -29,10 +29,13 @@ def sweep(
     console, folder = terminal(as_json), out or Path("runs") / study.stem
     if console.is_terminal:
         console.print("[dim]loading torch, transformers and peft[/]")
+    from .errors import FedtrioError
     from .report.study import markdown
     from .sweep import sweep as run_study
 
-    def tell(name: str, done: int, of: int, runs: list[dict[str, Any]]) -> None:
+    def tell(name: str, done: int, of: int, runs: list[dict[str, Any]] | FedtrioError) -> None:
+        if isinstance(runs, FedtrioError):
+            return console.print(f"{name} failed: {runs}", markup=False)
         best = max((run["accuracy"] for run in runs if run.get("accuracy") is not None), default=None)
         shown = "" if best is None else f", best accuracy {best:.3f}"
         console.print(f"{done} of {of}: {name}{shown}", markup=False)

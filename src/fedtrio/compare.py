@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from .bench import Bench
-from .checkpoint import write_whole
+from .checkpoint import make_folder, write_whole
 from .config import Config, WireConfig, flat
 from .config_file import load_config
 from .errors import ConfigError
 from .meter import Meter
 from .run import OnRound, cohort_size
 from .trackers import Trackers
+from .wires.ray import package as ray_package
 from .workers import Workers
 
 SCHEMA_VERSION = 1
@@ -55,7 +56,7 @@ def compare(
     with closing(Trackers(config, folder.path)) as trackers, Workers(config, min(len(todo), jobs)) as workers:
         results = {"schema_version": SCHEMA_VERSION, **workers.prepare(prepare), "runs": runs}
         if record_frames is not None:
-            _make(record_frames, "--record-frames")
+            make_folder(record_frames, "--record-frames")
         on_start(results)
         folder.write(results)
         for entry in workers.results(tasks, trackers.watching(on_round)):
@@ -126,6 +127,8 @@ def prepare(bench: Bench) -> dict[str, Any]:
     Raises ConfigError, DataError, ModelError.
     """
     config = bench.config
+    if config.wire.name == "ray":
+        ray_package()
     for name in config.frameworks:  # better refused now than after an hour of another one
         method, seed = config.framework(name), config.seeds[0]
         bench.cuts(method, seed)
@@ -181,10 +184,3 @@ def environment(config: Config) -> dict[str, Any]:
         "threads": config.threads,
         "precision": config.train.precision,
     }
-
-
-def _make(folder: Path, option: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} can't be written: {error.strerror}; choose another {option}") from error

@@ -142,7 +142,9 @@ def _explain(
     else:
         shown = re.sub(r"^(Value error|Assertion failed), ", "", fault["msg"])
         near = did_you_mean(str(fault["input"]), re.findall("'([^']+)'", fault.get("ctx", {}).get("expected", "")))
-        what = f"{name}: {shown}, got {fault['input']!r:.80}{near}" if name else shown
+        section = isinstance(fault["input"], dict) and fault["type"] == "value_error"  # its words name the keys
+        got = "" if section else f", got {fault['input']!r:.80}{near}"
+        what = f"{name}: {shown}{got}" if name else shown
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{_blamed(path, text, loc, given)}: {what}{more}"
 

@@ -131,7 +131,8 @@ def _versions() -> Found:
 def _configuration(patient: Patient, config: Config, serving: bool) -> Found:
     """Sites, quorum and port. ConfigError."""
     name = patient.config or "the built-in demo"
-    what = f"{name}: {config.task}, {', '.join(config.frameworks)}; {config.rounds} rounds, device {config.device}"
+    rounds = "1 round" if config.rounds == 1 else f"{config.rounds} rounds"
+    what = f"{name}: {config.task}, {', '.join(config.frameworks)}; {rounds}, device {config.device}"
     if not serving:
         yield Finding("configuration", "ok", what)
         return

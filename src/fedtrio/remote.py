@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .bench import Bench
-from .checkpoint import write_whole
+from .checkpoint import unwritable, write_whole
 from .config import Config, SiteConfig
 from .data.load import Rows, load_site_corpus
 from .errors import ConfigError, MessageError, ModelError
@@ -168,7 +168,7 @@ class Host:
         run, round, frames = found
         answers = [self._advance(run, index == 0, frame) for index, (_, frame) in enumerate(frames)]
         self._show(run, round, answers[-1])
-        self._say(f"{self.name}: regained its place in round {round} of {run} after {len(frames)} messages")
+        self._say(f"{self.name}: regained its place in round {round} of {run}, messages: {len(frames)}")
         return frames[-1][0], answers[-1]
 
     def answer(self, session: str, run: str, round: int, turn: int, start: bool, frame: bytes) -> bytes:
@@ -246,7 +246,7 @@ class Turns:
             with open(self._path, mode, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 file.write(data)
         except OSError as error:
-            raise ConfigError(f"{self._path} can't be written: {error.strerror}; choose another --folder") from error
+            raise unwritable(self._path, error, "--folder") from error
 
     def read(self, session: str) -> tuple[str, int, list[tuple[int, bytes]]] | None:
         """Run, round and frames, or None where they are of another session, or there are none."""

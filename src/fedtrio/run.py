@@ -108,9 +108,9 @@ def _round(bench: Bench, method: Framework, lab: Lab, wire: Wire, done: Progress
             program = done.timed(method.server(lab, state, cohort))
             coding = config.wire.coding(lab.seed)
             lost = drive(program, wire, lab.round, done.ledger, check, refuse, config.min_sites, coding, len(cohort))
-        except QuorumError:
+        except QuorumError as error:
             if isinstance(wire, Loopback | Process | Ray):
-                raise
+                raise QuorumError(f"{name}: {error}") from error
             with contextlib.suppress(WireError):
                 wire.wait_for(min(config.min_sites, len(cohort)), config.deadline)
                 continue

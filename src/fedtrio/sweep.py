@@ -24,7 +24,8 @@ from .errors import ConfigError, FedtrioError, did_you_mean
 from .wires.process import fork_server
 
 Settings = dict[str, Any]
-OnPoint = Callable[[str, int, int, list[dict[str, Any]]], None]  # point, how many are done, of how many, its runs
+Outcome = list[dict[str, Any]] | FedtrioError  # the runs of a point, or why there are none
+OnPoint = Callable[[str, int, int, Outcome], None]  # point, how many are done, of how many, what came of it
 
 
 class Study(BaseModel):
@@ -64,14 +65,19 @@ def load_study(path: Path, over: Sequence[str] = ()) -> tuple[Study, dict[str, C
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: can't be read as a study: {' '.join(str(error).split())}") from error
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ConfigError(f"{path}: can't be read as a study: {why}") from error
     try:
         study = Study.model_validate(tree or {})
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"])) or "study"
-        what = f"is no key of a study{did_you_mean(key, Study.model_fields)}"
-        raise ConfigError(f"{path}: {key} {what if fault['type'] == 'extra_forbidden' else fault['msg']}") from error
+        what = f": {fault['msg'].removeprefix('Value error, ')}"
+        if fault["type"] == "extra_forbidden":
+            what = (
+                f" is no key of a study{did_you_mean(key, Study.model_fields)} (known: {', '.join(Study.model_fields)})"
+            )
+        raise ConfigError(f"{path}: {key}{what}") from error
     base = path.parent / study.base if study.base else None
     configs = {}
     for name, settings in study.all_points().items():
@@ -96,9 +102,9 @@ def sweep(
     `over` are settings `key=value` that stand above those of the file.
     `jobs` points at a time (None: as the cores allow), each in a process of its own. Points that are finished are not
     run again, one that was broken off goes on. `study.json`, `table.csv`, `table.tex` and `report.html` are written
-    anew after each point.
+    anew after each point. One that fails does not keep the others from being run.
 
-    Raises ConfigError for a study or a point that can't be, and what a comparison raises.
+    Raises ConfigError for a study or a point that can't be, and at the end what the first point to fail raised.
     """
     study, configs = load_study(path, over)
     folders = {name: out / _slug(name) for name in configs}
@@ -116,23 +122,30 @@ def sweep(
         ]
         return {"study": path.stem, "varied": _varied(settings), "points": points}
 
-    for name, runs in _results(todo, jobs):
-        done[name] = runs
-        _write(found(), out)
-        on_point(name, len(done) - sum(runs is None for runs in done.values()), len(done), runs)
+    failed: dict[str, FedtrioError] = {}
+    for name, outcome in _results(todo, jobs):
+        if isinstance(outcome, FedtrioError):
+            failed[name] = outcome
+        else:
+            done[name] = outcome
+            _write(found(), out)
+        on_point(name, len(done) - sum(runs is None for runs in done.values()), len(done), outcome)
     _write(found(), out)
+    for name, error in failed.items():
+        more = f" (and {len(failed) - 1} more of {len(done)} points failed)" if len(failed) > 1 else ""
+        raise type(error)(f"point {name!r}: {error}{more}") from error
     return found()
 
 
-def _results(todo: Mapping[str, tuple[Config, Path]], jobs: int | None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The runs of each point as it is finished. Raises what one raises."""
+def _results(todo: Mapping[str, tuple[Config, Path]], jobs: int | None) -> Iterator[tuple[str, Outcome]]:
+    """What came of each point as it is finished."""
     room = min((config.room for config, _ in todo.values()), default=1)
     jobs = min(jobs or room, len(todo))
     if jobs < 2:
         yield from ((name, _run(*point)) for name, point in todo.items())
         return
     with ProcessPoolExecutor(jobs, fork_server(["fedtrio.compare", "peft"]), _ignore_interrupts) as pool:
-        pending: dict[Future[list[dict[str, Any]]], str] = {pool.submit(_run, *todo[name]): name for name in todo}
+        pending: dict[Future[Outcome], str] = {pool.submit(_run, *todo[name]): name for name in todo}
         try:
             while pending:
                 finished, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -150,8 +163,11 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _run(config: Config, folder: Path) -> list[dict[str, Any]]:
-    return compare(config, folder, jobs=1)["runs"]
+def _run(config: Config, folder: Path) -> Outcome:
+    try:
+        return compare(config, folder, jobs=1)["runs"]
+    except FedtrioError as error:
+        return error
 
 
 def _finished(config: Config, folder: Path) -> list[dict[str, Any]] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from ..certs import check, describe
+from ..certs import check, check_site, describe
 from ..errors import ConfigError, WireError
 from ..wires import tls
 from .finding import Finding, Found
@@ -27,10 +27,8 @@ HERE = {"localhost", "127.0.0.1", "::1"}
 
 def certificates(folder: Path, site: bool) -> Found:
     """The folder, whose it is and how long it is valid. ConfigError: see `certs.check`."""
-    check(folder)
+    check_site(folder) if site else check(folder)
     found = describe(folder)
-    if site and found.hosts:
-        raise ConfigError(f"{folder} is a server's; a site needs the folder of its own name, made by `fedtrio certs`")
     if not site and not found.hosts:
         raise ConfigError(f"{folder} is that of the site {found.subject}; add --site, or name the server's folder")
     left = found.not_after - datetime.now(UTC)

@@ -78,7 +78,7 @@ class DataConfig(BaseModel):
         if value == []:
             raise ValueError("an empty list names no public texts")
         if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError(f"a fraction must lie between 0 and 1, for instance 0.2; got {value:g}")
+            raise ValueError("a fraction must lie between 0 and 1, for instance 0.2")
         return value
 
     @field_validator("labels")
@@ -153,7 +153,8 @@ def load_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
     labels = tuple(config.labels) if config.labels else _sorted_labels(names)
     if task == "classification" and len(labels) < 2:
         raise DataError(f"{table.where}: only one class ({', '.join(labels)}); classification needs two or more")
-    train = replace(train, labels=_indices(names, labels, table.where) if names else None)
+    unknown = "are not in data.labels" if config.labels else "do not occur in training"
+    train = replace(train, labels=_indices(names, labels, table.where, unknown) if names else None)
 
     n_test = _held_out(config.test, len(train))
     n_public = _held_out(config.public, len(train))
@@ -167,7 +168,7 @@ def load_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
     if isinstance(config.test, str):
         table = _read(config, "test", base)
         test, names = _rows(table, config, task, "test", warnings)
-        test = replace(test, labels=_indices(names, labels, table.where) if names else None)
+        test = replace(test, labels=_indices(names, labels, table.where, unknown) if names else None)
     if not isinstance(config.public, float):
         public = _public(config, task, base, warnings)
     public = replace(public, labels=None, sites=None)
@@ -192,7 +193,7 @@ def load_server_corpus(config: DataConfig, task: Task, base: Path) -> Corpus:
     warnings: list[str] = []
     test, names = _rows(_read(config, "test", base), config, task, "test", warnings)
     labels = tuple(config.labels or _sorted_labels(names))
-    test = replace(test, labels=_indices(names, labels, str(config.test)) if names else None)
+    test = replace(test, labels=_indices(names, labels, str(config.test), "are not in data.labels") if names else None)
     public = _subset(replace(_public(config, task, base, warnings), labels=None, sites=None), config.max_public)
     empty, test = test.take([]), _subset(test, config.max_test)
     warnings += _overlaps(empty, test, public)
@@ -208,12 +209,13 @@ def load_site_corpus(config: DataConfig, task: Task, base: Path, labels: tuple[s
     warnings: list[str] = []
     table = _read(config, "train", base)
     train, names = _rows(table, config.model_copy(update={"site": None}), task, "train", warnings)
-    train = replace(train, labels=_indices(names, labels, table.where) if names else None)
+    unknown = "are not in the server's data.labels"
+    train = replace(train, labels=_indices(names, labels, table.where, unknown) if names else None)
     test = train.take([])
     if isinstance(config.test, str):
         table = _read(config, "test", base)
         test, names = _rows(table, config, task, "test", warnings)
-        test = replace(test, labels=_indices(names, labels, table.where) if names else None)
+        test = replace(test, labels=_indices(names, labels, table.where, unknown) if names else None)
     return Corpus(_subset(train, config.max_train), test, public, labels, tuple(warnings))
 
 
@@ -358,12 +360,12 @@ def _sorted_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct))
 
 
-def _indices(names: list[str], labels: tuple[str, ...], where: str) -> np.ndarray:
+def _indices(names: list[str], labels: tuple[str, ...], where: str, unknown: str) -> np.ndarray:
     index = {name: i for i, name in enumerate(labels)}
     if unseen := Counter(name for name in names if name not in index):
-        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in unseen.most_common(5))
+        shown = ", ".join(f"{name!r} ({count} row{'s' if count > 1 else ''})" for name, count in unseen.most_common(5))
         more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
-        raise DataError(f"{where}: labels that do not occur in training: {shown}{more}")
+        raise DataError(f"{where}: labels that {unknown}: {shown}{more}")
     return np.array([index[name] for name in names], dtype=np.int64)
 
 

@@ -159,6 +159,7 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Columns:
                 continue  # a blank line
             if not header:
                 header = [name.strip() for name in row]
+                _check_separator(path, header, delimiter)
             elif len(row) > len(header):
                 raise DataError(
                     f"{path}: line {reader.line_num} has {len(row)} values for {len(header)} columns; "
@@ -171,6 +172,15 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Columns:
     if twice := [name for name, count in Counter(header).items() if count > 1 and name]:
         raise DataError(f"{path}: the header names {twice[0]!r} twice")
     return {name: [row[i] for row in rows] for i, name in enumerate(header) if name}
+
+
+def _check_separator(path: Path, header: list[str], delimiter: str) -> None:
+    """A single column with other separators in its name is several, as spreadsheets in half of Europe write them."""
+    other = next((mark for mark in ",;\t" if mark != delimiter and len(header) == 1 and mark in header[0]), None)
+    if other:
+        raise DataError(
+            f"{path}: the header has {other!r} between its columns; a {path.suffix.lower()} must have {delimiter!r}"
+        )
 
 
 def _read_json(path: Path, text: str) -> Columns:
