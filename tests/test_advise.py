@@ -470,7 +470,8 @@ def test_where_nothing_fits_the_code_is_8_and_the_way_out_is_named(said: Said) -
     assert "--client-memory 200KiB, kept by the fewest settings, is the tightest" in out
     assert "with --client-memory 332KiB in place of 200KiB: Split-FedLLM, rank 1, cut 1" in out
     code, out, _ = said(*TINY, "--server-memory", "20KiB")
-    assert code == 0 and "; FedLLM 19.9 KiB" in out and "KD-FedLLM by --server-memory 20KiB" in out
+    assert code == 0 and "memory of the server: FedLLM 19.9 KiB" in out
+    assert "KD-FedLLM by --server-memory 20KiB" in out and "Split-FedLLM by --server-memory 20KiB" in out
     assert said(*TINY, "--client-memory", "332KiB")[0] == 0 and said(*TINY, "--client-memory", "331KiB")[0] == 8
 
 

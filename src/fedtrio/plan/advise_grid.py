@@ -63,7 +63,9 @@ def options(config: Config, framework: str, depth: int, classes: int, public: in
     """
     parts = {"fedllm": _fedllm, "kd": _kd, "split": _split}[framework](config, depth, classes, public)
     for chosen in product(*parts):
-        yield sum(chosen, AS_IS)
+        option = sum(chosen, AS_IS)
+        if framework != "split" or not _idle_server(config, option.settings, depth):
+            yield option
 
 
 def applied(config: Config, framework: str, settings: Settings) -> Config | None:
@@ -107,6 +109,13 @@ def _split(config: Config, depth: int, classes: int, public: int) -> Parts:
     cuts = [Option({} if cut == split.cut else {"split.cut": cut}) for cut in spread(first, end, CUTS)]
     as_is = [] if isinstance(split.cut, int) else [AS_IS]  # each site's own cut, or auto
     return [_ranks(config), [*as_is, *cuts], labels, _codecs(config, "activations", "gradients", "adapter")]
+
+
+def _idle_server(config: Config, settings: Settings, depth: int) -> bool:
+    """Whether a U-shape would leave the server without a block, where nobody has asked for that."""
+    cut, labels = (settings.get(f"split.{key}", getattr(config.split, key)) for key in ("cut", "labels"))
+    asked = not settings.keys() & {"split.cut", "split.labels"}
+    return labels == "client" and cut == depth - config.split.last_blocks and not asked
 
 
 def spread(first: int, last: int, number: int) -> list[int]:

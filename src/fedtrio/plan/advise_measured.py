@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from ..config_file import PLAIN, load_config
 from ..errors import ConfigError
 from ..report.tables import Score, score_of
 from ..report.units import finite, mean, names_text
+from ..report.verdict import Scored, paired
 
-# Student's t for a two-sided 95 % interval, by degrees of freedom; beyond them it is below 2.09, and 2 is the house's.
-T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120)
 DATA = ("task", "model", "data", "clients", "partition", "participation", "rounds")  # what settings are compared on
 
 
@@ -33,6 +32,7 @@ class Measured:
     score: Score
     tests: int
     point: str = ""  # of a study
+    runs: Sequence[Mapping[str, Any]] = ()  # their entries in results.json, for which texts they answered right
 
     @property
     def mean(self) -> float | None:
@@ -62,25 +62,15 @@ class Gap:
 
 
 def gap(a: Measured, b: Measured) -> Gap:
-    """By how much a is better than b, on the seeds that both have.
-
-    Left open is the larger of two: t·s/√n of the n paired differences, whose deviation is s; and twice the binomial
-    error of the test texts, √((a(1-a) + b(1-b)) / tests), for accuracies.
-    """
+    """By how much a is better than b, on the seeds that both have; left open is half the report's 95 % interval."""
     if a.mean is None or b.mean is None:
         return Gap(a.worth - b.worth if a.mean != b.mean else 0.0, 0.0, 0)  # one that diverged is behind
-    seeds = sorted(a.scores.keys() & b.scores.keys())
-    differences = [float(a.scores[seed] or 0) - float(b.scores[seed] or 0) for seed in seeds]
-    if not seeds:
+    sides = [replace(Scored.of(m.runs, m.score.key), scores=m.scores) for m in (a, b)]
+    found = paired(*sides, a.tests if a.score.key == "accuracy" else 0, a.score)
+    if found is None:
         return Gap(a.worth - b.worth, None, 0)
-    by = math.fsum(differences) / len(seeds)
-    errors = []
-    if (n := len(seeds)) > 1:
-        spread = math.sqrt(math.fsum((d - by) ** 2 for d in differences) / (n - 1))
-        errors.append((T[n - 2] if n - 2 < len(T) else 2.1) * spread / math.sqrt(n))
-    if a.score.key == "accuracy" and a.tests:
-        errors.append(2 * math.sqrt((a.mean * (1 - a.mean) + b.mean * (1 - b.mean)) / a.tests))
-    return Gap(by if a.score.higher_is_better else -by, max(errors, default=None), n)
+    by, half, seeds = found
+    return Gap(by, half, len(seeds))
 
 
 def levels(measured: Sequence[Measured]) -> list[list[Measured]]:
@@ -133,7 +123,7 @@ def _scores(results: Mapping[str, Any], point: str) -> list[Measured]:
     for framework in dict.fromkeys(run["framework"] for run in results["runs"]):
         runs = [run for run in results["runs"] if run["framework"] == framework]
         by_seed = {int(run["seed"]): finite(run.get(score.key)) for run in runs}
-        found.append(Measured(framework, results["config"], by_seed, score, tests, point))
+        found.append(Measured(framework, results["config"], by_seed, score, tests, point, runs))
     return found
 
 
