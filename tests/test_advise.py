@@ -479,8 +479,10 @@ def test_where_nothing_fits_the_code_is_8_and_the_way_out_is_named(said: Said) -
     ("words", "message"),
     [
         (["--max-up", "5 pigeons"], "--max-up: '5 pigeons' is no amount of bytes: write it as 5MB"),
+        (["--max-up", "-5MB"], "--max-up: bytes must be a number above 0, as 5MB"),
         (["--deadline", "soon"], "--deadline: 'soon' is no amount of time: write it as 10min"),
-        (["--constraints", "nowhere.yaml"], "nowhere.yaml: can't be read as constraints"),
+        (["--constraints", "nowhere.yaml"], "nowhere.yaml: can't be read as constraints: No such file or directory\n"),
+        (["--constraints", "maybe.yaml"], "maybe.yaml: labels_stay: 'maybe' is neither true nor false"),
         (["--constraints", "odd.yaml"], "odd.yaml: max_upp is no constraint; did you mean 'max_up'?"),
         ([*TINY, "--link", "5gg"], "link '5gg' is unknown; did you mean '5g'?"),
         ([*TINY, "--set", "frameworks=[local]"], "frameworks names none of fedllm, kd, split"),
@@ -490,6 +492,7 @@ def test_where_nothing_fits_the_code_is_8_and_the_way_out_is_named(said: Said) -
 )
 def test_faults_are_named(said: Said, tmp_path: Path, words: list[object], message: str) -> None:
     (tmp_path / "odd.yaml").write_text("max_upp: 3\n")
+    (tmp_path / "maybe.yaml").write_text("labels_stay: maybe\n")
     code, out, err = said(*words)
     assert code == 2 and message in err and not out.strip()
 

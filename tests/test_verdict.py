@@ -170,6 +170,9 @@ def test_one_seed_and_no_test_set_separate_nothing() -> None:
     assert pair(results).half is None and not pair(results).separable
     assert "this order is no ranking" in verdict.headline(results)
     assert verdict.next_command(results) == 'fedtrio compare … --set "seeds=[0,1,2]"'
+    results["config"]["wire"] = {"sites": ["a", "b"]}
+    assert verdict.next_command(results).startswith("fedtrio serve … ")
+    assert verdict.next_command({**results, "runs": []}) == "fedtrio resume …"
 
 
 def test_the_next_seeds_are_the_least_that_are_free() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .config import Config
 
+TASKS = ("classification", "causal-lm")
 SITES = ("phone", "laptop", "edge-gpu", "hospital-server")
 HOW = (
     "Bytes are exact for these sizes, FLOPs counted, memory modelled; seconds and joules are orders of magnitude from "
@@ -56,6 +57,8 @@ def plan(
     """Predict bytes, compute, memory, time and energy of a round, for any model, before any training."""
     if model is not None and shape is not None:
         raise ConfigError("--model and --shape both name a model: keep one of them")
+    if task not in (None, *TASKS):
+        raise ConfigError(f"--task is {' or '.join(TASKS)}, not {task!r}{did_you_mean(str(task), TASKS)}")
     described = shape_of(shape) if shape is not None else None
     console = terminal(as_json)
     if console.is_terminal:
@@ -88,7 +91,7 @@ def _show(found: dict[str, Any], what: str, clients: int, tokens: int, console: 
     cut_off = " (the model reads no more)" if assumed["tokens"] < tokens else ""
     said = (
         f"{what}: {count_text(of['parameters'])} parameters in {of['blocks']} blocks, {count_text(of['trained'])} "
-        f"train; {clients} sites with {assumed['examples']} examples of {assumed['tokens']}{cut_off} tokens, "
+        f"train; {clients} sites with {assumed['examples']} examples of {assumed['tokens']} tokens{cut_off}, "
         f"{assumed['public']} public; one round\n"
     )
     console.print(plain(said, console), markup=False, soft_wrap=True)

@@ -100,7 +100,8 @@ def load_limits(path: Path | None, given: Mapping[str, Any]) -> Limits:
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: can't be read as constraints: {' '.join(str(error).split())}") from error
+            why = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise ConfigError(f"{path}: can't be read as constraints: {why}") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: constraints are a mapping of keys to values, as max_up: 5MB")
     given = {key: value for key, value in given.items() if value not in (None, False)}
@@ -115,4 +116,7 @@ def load_limits(path: Path | None, given: Mapping[str, Any]) -> Limits:
             raise ConfigError(
                 f"{where} is no constraint{did_you_mean(key, Limits.model_fields)} (known: {known})"
             ) from error
-        raise ConfigError(f"{where}: {fault['msg'].removeprefix('Value error, ')}") from error
+        said = fault["msg"].removeprefix("Value error, ")
+        if fault["type"].startswith("bool_"):
+            said = f"{fault['input']!r} is neither true nor false"
+        raise ConfigError(f"{where}: {said}") from error

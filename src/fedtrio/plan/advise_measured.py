@@ -65,8 +65,8 @@ def gap(a: Measured, b: Measured) -> Gap:
     """By how much a is better than b, on the seeds that both have; left open is half the report's 95 % interval."""
     if a.mean is None or b.mean is None:
         return Gap(a.worth - b.worth if a.mean != b.mean else 0.0, 0.0, 0)  # one that diverged is behind
-    sides = [replace(Scored.of(m.runs, m.score.key), scores=m.scores) for m in (a, b)]
-    found = paired(*sides, a.tests if a.score.key == "accuracy" else 0, a.score)
+    of_a, of_b = (replace(Scored.of(m.runs, m.score.key), scores=m.scores) for m in (a, b))
+    found = paired(of_a, of_b, a.tests if a.score.key == "accuracy" else 0, a.score)
     if found is None:
         return Gap(a.worth - b.worth, None, 0)
     by, half, seeds = found

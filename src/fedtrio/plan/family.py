@@ -23,6 +23,7 @@ from ..models.lora import LoraConfig
 from .quantity import Quantity, shapes
 from .weightless import Ghost, How, Weightless
 
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 FEW = 2  # blocks that are built where all are alike
 Three = tuple[Quantity, Quantity, Quantity]  # forward FLOPs, bytes kept for backward, backward FLOPs
 
@@ -63,7 +64,9 @@ class Family:
     def _depth(self) -> int:
         depth = getattr(self.config, "num_hidden_layers", None)
         if not isinstance(depth, int) or depth < 1:
-            raise ModelError(f"model_type {self.config.model_type}: its configuration has no num_hidden_layers")
+            raise ModelError(
+                f"model_type {self.config.model_type}: num_hidden_layers is {depth}, not a number of blocks"
+            )
         return depth
 
     def _alike(self, depth: int) -> bool:
@@ -179,9 +182,12 @@ def described(shape: Mapping[str, Any]) -> Any:
         )
     usual = AutoConfig.for_model(kind)
     known = {*usual.to_dict(), *type(usual).attribute_map}
+    sizes = {*SIZES, *(type(usual).attribute_map.get(name, name) for name in SIZES)}
     for word in rest:
         if word not in known:
             raise ConfigError(f"a shape of {kind} has no {word!r}{did_you_mean(word, sorted(known))}")
+        if word in sizes and (type(rest[word]) is not int or rest[word] < 1):
+            raise ConfigError(f"a shape's {word} is a whole number above 0, not {rest[word]!r}")
     try:
         return AutoConfig.for_model(kind, **rest)
     except Exception as error:  # of whichever library checks the values

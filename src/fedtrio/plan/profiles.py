@@ -82,8 +82,8 @@ def _of(text: str, what: str, known: Mapping[str, Any], usual: str) -> Any:
     for part in text.split(","):
         name, _, number = part.partition("=")
         if name.strip() not in names:
-            near = did_you_mean(name.strip(), names)
-            raise ConfigError(f"{what}: {name.strip()!r} is no number of it{near}; there are {', '.join(names)}")
+            near = did_you_mean(name.strip(), names) or did_you_mean(f"{name.strip()}_per_second", names)
+            raise ConfigError(f"{what}: {name.strip()!r} is no number of it (there are {', '.join(names)}){near}")
         try:
             given[name.strip()] = float(number)
         except ValueError:

@@ -113,7 +113,8 @@ def _reached(results: Results, run: Mapping[str, Any], site: str | None) -> Iter
     score, tests = score_of(results), results["data"]["test"]
     one = next((s for s in run["sites"] if s["name"] == site), {})
     causal = results["config"]["task"] == "causal-lm"
-    of = f"target tokens of {count_text(tests)} test texts" if causal else f"{count_text(tests)} test texts"
+    texts = f"{count_text(tests)} test text{'s' * (tests != 1)}"
+    of = f"target tokens of {texts}" if causal else texts
     accuracy = one.get("accuracy") if site else run.get("accuracy")
     if accuracy is not None:
         yield "accuracy", f"{100 * accuracy:.1f} % of the {of} predicted right after the last round"

@@ -79,7 +79,7 @@ def pairs(results: Results) -> str:
         ends = None if half is None else (found.gain - half, found.gain + half)
         verdict = "separable" if found.separable else "same adapter" if found.same else "not separable"
         words = f"{_signed(score.gap(found.gain), found.gain)} · {verdict}"
-        name = f"{found.a.title} − {found.b.title}"
+        name = f"{found.a.title} {'−' if score.higher_is_better else 'over'} {found.b.title}"
         marks.append(Mark(found.a.framework, name, found.gain, ends, words, not found.separable))
     if not marks:
         return ""

@@ -212,7 +212,7 @@ def evidence(results: Results) -> str:
     seeds = max(row.seeds for row in summary(results))
     words = "one seed" if seeds == 1 else f"{seeds} seeds"
     tests = _tests(results)
-    return f"{words} and {count_text(tests)} test texts" if tests else words
+    return f"{words} and {count_text(tests)} test text{'s' * (tests != 1)}" if tests else words
 
 
 def headline(results: Results) -> str:
@@ -351,6 +351,8 @@ def asides(results: Results) -> list[str]:
 def next_command(results: Results) -> str:
     """The next command worth typing: more seeds where the best are not separable, else harder data or more rounds."""
     config = results["config"]
+    if not results["runs"]:
+        return "fedtrio resume …"
     seeds: Sequence[int] = list(config.get("seeds") or [0])
     rounds = int(config.get("rounds") or 1)
     level = leaders(results) if _ranked(results) else []
@@ -363,4 +365,5 @@ def next_command(results: Results) -> str:
         partition = config.get("partition") or {}
         alpha = finite(partition.get("alpha")) if partition.get("name") in SKEWED else None
         wish = "partition.alpha=0.1" if alpha and alpha > 0.1 else f"rounds={2 * rounds}"
-    return f'fedtrio compare … --set "{wish}"'
+    between_machines = bool((config.get("wire") or {}).get("sites"))
+    return f'fedtrio {"serve" if between_machines else "compare"} … --set "{wish}"'
