@@ -50,6 +50,8 @@ def compare(
     folder = Folder(Path(out) if out is not None else None, config)
     runs = folder.finished()
     todo = folder.missing(runs)
+    if todo and config.wire.name == "ray":
+        ray_package()  # refused while there is no folder yet
     tasks = [(*pair, folder.path, record_frames / "{}-{}".format(*pair) if record_frames else None) for pair in todo]
     alone = config.device != "cpu" or config.wire.name != "loopback"
     jobs = jobs or (1 if alone else config.room)
@@ -127,8 +129,6 @@ def prepare(bench: Bench) -> dict[str, Any]:
     Raises ConfigError, DataError, ModelError.
     """
     config = bench.config
-    if config.wire.name == "ray":
-        ray_package()
     for name in config.frameworks:  # better refused now than after an hour of another one
         method, seed = config.framework(name), config.seeds[0]
         bench.cuts(method, seed)
