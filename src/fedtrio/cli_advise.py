@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_plan import Debug, Settings, shape_of
+from .cli_plan import Debug, Settings, check_task, shape_of
 from .cli_show import terminal
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def advise(
     Ends with 8 where nothing fits.
     """
     bounds = {key: value for key, value in locals().items() if key in LIMITS}
+    check_task(task)
     sizes = {"examples": examples, "tokens": tokens, "classes": classes, "public": public}
     named = {"model": model, "task": task, "train.max_length": tokens}
     over = [*(f"{key}={value}" for key, value in named.items() if value is not None), *(settings or [])]

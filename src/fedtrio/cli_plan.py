@@ -57,8 +57,7 @@ def plan(
     """Predict bytes, compute, memory, time and energy of a round, for any model, before any training."""
     if model is not None and shape is not None:
         raise ConfigError("--model and --shape both name a model: keep one of them")
-    if task not in (None, *TASKS):
-        raise ConfigError(f"--task is {' or '.join(TASKS)}, not {task!r}{did_you_mean(str(task), TASKS)}")
+    check_task(task)
     described = shape_of(shape) if shape is not None else None
     console = terminal(as_json)
     if console.is_terminal:
@@ -134,6 +133,12 @@ def _configured(path: Path | None, settings: list[str], model: str | None, task:
     chosen: Config = config.model_copy(update={"rounds": 1, "seeds": config.seeds[:1], "train": train})
     chosen._base = config.base if path is not None else Path.cwd()
     return chosen
+
+
+def check_task(task: str | None) -> None:
+    """Raises ConfigError unless the option names a task, or nothing."""
+    if task not in (None, *TASKS):
+        raise ConfigError(f"--task is {' or '.join(TASKS)}, not {task!r}{did_you_mean(str(task), TASKS)}")
 
 
 def shape_of(text: str) -> dict[str, Any]:
