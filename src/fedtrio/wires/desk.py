@@ -94,6 +94,7 @@ class Desk:
         self._deadline: float | None = None  # in seconds of the loop
         self._silence, self._beat = SILENCE_S, BEAT_S
         self._next_watch = float("inf")
+        self._timer: asyncio.TimerHandle | None = None
         self._over: str | None = None
         self._hellos = asyncio.Semaphore(HELLOS)
         self.room = Room(limit, loop)
@@ -110,6 +111,7 @@ class Desk:
         for site in self._sites.values():
             self._close_turn(site)
             site.out, site.begun, site.knows = "", False, False
+        self.watch()  # from now on as often as this round's silence asks
 
     def give(self, name: str, frame: bytes, answers: Answers) -> None:
         """Deliver a frame; its answer will be put into `answers`, or None."""
@@ -185,7 +187,9 @@ class Desk:
         stood_still = max(0.0, now - self._next_watch)  # a paused machine: that was not the sites' silence
         pause = min(1.0, max(0.02, self._silence / 10))
         self._next_watch = now + pause
-        self._loop.call_later(pause, self.watch)
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(pause, self.watch)
         for site in self._sites.values():
             site.seen = min(now, site.seen + stood_still)
             there = self._is_there(site, now)
