@@ -83,36 +83,40 @@ def a_round(bench: Any, name: str, **changed: Any) -> Callable[[], dict[str, Any
 # The bare loop --------------------------------------------------------------------------------------------------------
 
 
-def bare_round(bench: Any, cast_once: bool = False) -> Callable[[], dict[str, Any]]:
-    """The same round as a plain loop over sites and batches. Of fedtrio it takes token ids and their order alone.
-
-    `cast_once`: the frozen weights of matrix products are bf16 from the start.
-    """
+def bare_model(bench: Any, cast_once: bool) -> Any:
+    """An ordinary PEFT model; `cast_once`: the frozen weights of its matrix products are bf16 from the start."""
     import torch
-    import torch.nn.functional as F
     import transformers
     from peft import LoraConfig, get_peft_model
-    from torch.nn.utils.rnn import pad_sequence
-
-    from fedtrio.data.batches import epoch_batches
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    config, train = bench.config, bench.config.train
-    device = torch.device(config.device)
+    config = bench.config
     torch.manual_seed(0)
     options = {"attn_implementation": config.attn_implementation, "dtype": torch.float32}
     kind = transformers.AutoModelForSequenceClassification
     base = kind.from_pretrained(bench.path, num_labels=len(bench.corpus.labels), **options)
-    base.config.pad_token_id = pad_id = bench.tokenizer.pad_token_id
+    base.config.pad_token_id = bench.tokenizer.pad_token_id
     scale = {"r": config.lora.r, "lora_alpha": int(config.lora.lora_alpha)}
     lora = LoraConfig(task_type="SEQ_CLS", **scale, target_modules=config.lora.target_modules, fan_in_fan_out=True)
-    model = get_peft_model(base, lora).to(device)
-    if cast_once:
-        for module in model.modules():
-            if type(module).__name__ == "Conv1D":
-                module.to(torch.bfloat16)
+    model = get_peft_model(base, lora).to(config.device)
+    for module in model.modules() if cast_once else ():
+        if type(module).__name__ == "Conv1D":
+            module.to(torch.bfloat16)
+    return model
+
+
+def bare_round(bench: Any, cast_once: bool = False) -> Callable[[], dict[str, Any]]:
+    """The same round as a plain loop over sites and batches. Of fedtrio it takes token ids and their order alone."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.utils.rnn import pad_sequence
+
+    from fedtrio.data.batches import epoch_batches
+
+    train, device, pad_id = bench.config.train, torch.device(bench.config.device), bench.tokenizer.pad_token_id
+    model = bare_model(bench, cast_once)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     initial = {name: p.detach().clone() for name, p in trainable.items()}
 
